@@ -10,7 +10,7 @@ freeCodeCamp course "Create a Large Language Model from Scratch with Python" bui
 B batch (texts side by side), T time (characters in a text), C channels (n_embd numbers that describe a character),
 H heads, D head size (C / H), V vocabulary.
 """
-import argparse, hashlib, inspect, itertools, json, math, os, re, shlex, signal, sys, threading, time, warnings
+import argparse, hashlib, inspect, itertools, json, math, os, re, shlex, signal, sys, threading, time, unicodedata, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -304,7 +304,7 @@ class FeedForward(nn.Sequential):
     """
 
     def __init__(self, config):
-        super().__init__(nn.Linear(config.n_embd, 4 * config.n_embd), nn.ReLU(),
+        super().__init__(nn.Linear(config.n_embd, 4 * config.n_embd), nn.ReLU(inplace=True),
                          nn.Linear(4 * config.n_embd, config.n_embd), nn.Dropout(config.dropout))
 
 
@@ -334,7 +334,6 @@ class GPT(nn.Module):
         self.config, self.vocab_size = config, vocab_size
         self.tokens = nn.Embedding(vocab_size, config.n_embd)             # what the model knows of each character
         self.positions = nn.Embedding(config.block_size, config.n_embd)   # where it stands: attention alone sees a set
-        self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))  # Sequential would not pass the cache
         self.norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, vocab_size)
@@ -354,7 +353,6 @@ class GPT(nn.Module):
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} characters do not fit the context: block_size is {self.config.block_size}")
         x = self.tokens(index) + self.positions(torch.arange(start, start + T, device=index.device))  # (B, T, C)
-        x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
             x = block(x, cache, layer)
         if cache:
@@ -629,7 +627,7 @@ def stop_requests():
 
 def printable(text):
     """Text as a terminal may see it: no control characters (they could move the cursor or worse) but line end and tab."""
-    return "".join(c if c.isprintable() or c in "\n\t" else UNK for c in text)
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else UNK for c in text)
 
 
 def sparkline(values):

@@ -1,0 +1,165 @@
+"""Talk to a model that gpt.py trained.
+
+    python chat.py                          a base model continues what you type, a fine-tuned one answers
+    python chat.py --prompt "The "          once, then exit
+    echo "The " | python chat.py            in a pipe
+    python chat.py --int8                   a quarter of the memory
+"""
+import argparse, sys, time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import gpt
+
+HELP = """/clear   forget the conversation
+/help    this list
+/quit    leave, as Ctrl-D does; Ctrl-C stops an answer
+An empty line lets a base model go on."""
+
+
+class Int8Linear(nn.Module):
+    """nn.Linear with 8 bits a weight: int8 rows, and one scale a row that makes its largest weight 127.
+
+    Fewer bits mean less memory, and generation is bound by how fast weights come from it. The activations stay bfloat16.
+    (Training on top of quantized weights, by small matrices beside them, is QLoRA: Dettmers et al. 2023.)
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
+        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale.bfloat16())
+        self.bias = linear.bias
+
+    def forward(self, x):
+        if x.device.type == "cpu" and hasattr(torch, "_weight_int8pack_mm"):  # multiplies without widening the weights
+            y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], -1)
+        else:
+            y = F.linear(x, self.weight.to(x.dtype)) * self.scale
+        return y if self.bias is None else y + self.bias
+
+
+def quantize(model):
+    """Turns every nn.Linear into an Int8Linear and the rest into bfloat16, in place."""
+    model.bfloat16()
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Int8Linear(child))
+    return model
+
+
+def size(model):
+    """Bytes of weights."""
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+class Chat:
+    """A conversation: its context so far, and how to add to it."""
+
+    def __init__(self, model, tokenizer, config, max_new_tokens=500, temperature=0.8, top_k=0):
+        self.model, self.tokenizer, self.answers = model, tokenizer, config.answers_prompts
+        self.options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k or None)
+        self.device, self.context = config.device, []
+
+    def answer(self, prompt):
+        """Yields the characters that follow prompt, fit for a terminal. The context grows by both.
+
+        A model trained on pairs sees what it saw in training: END, prompt, line end; and answers until END. Any other
+        continues the text as typed.
+        """
+        ids = self.tokenizer.encode(prompt + "\n" * self.answers).tolist()
+        if unknown := sum(i == self.tokenizer.unk for i in ids):
+            print(f"({unknown} characters that the model has never seen)", file=sys.stderr)
+        if self.answers and self.context[-1:] != [self.tokenizer.end]:
+            self.context.append(self.tokenizer.end)
+        self.context += ids
+        self.context = self.context or [self.tokenizer.end]  # nothing yet: a text begins where another ended
+        index = torch.tensor([self.context[-self.model.config.block_size :]], device=self.device)
+        for token in self.model.stream(index, **self.options):
+            self.context.append(token.item())
+            if self.answers and token.item() == self.tokenizer.end:
+                return
+            yield gpt.printable(self.tokenizer.decode([token.item()]).replace(gpt.END, "\n"))
+
+    def show(self, prompt, stats=False):
+        """Prints the answer as it comes; Ctrl-C ends it."""
+        start, count = time.perf_counter(), 0
+        try:
+            for count, text in enumerate(self.answer(prompt), 1):
+                print(text, end="", flush=True)
+        except KeyboardInterrupt:
+            pass
+        print(flush=True)
+        if stats:
+            print(f"({count} characters, {count / (time.perf_counter() - start):,.0f} a second)", file=sys.stderr)
+
+
+def talk(chat, stats):
+    """Reads lines until there are no more. A terminal has a prompt, line editing and history; a pipe the text alone."""
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    try:
+        import readline  # noqa: F401  input() uses it; not on Windows
+    except ImportError:
+        pass
+    while True:
+        try:
+            line = input("> " if terminal else "")
+        except EOFError:
+            print(end="\n" * terminal)
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if line == "/quit":
+            return
+        if line == "/clear":
+            chat.context = []
+        elif line == "/help":
+            print(HELP, file=sys.stderr)
+        elif line or not chat.answers:
+            print(end="" if terminal or chat.answers else gpt.printable(line))
+            chat.show(line, stats)
+
+
+def main(argv=None):
+    """The command line. Returns the exit status."""
+    def work():
+        parser = gpt.Parser(prog="chat.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+        parser.add_argument("--model", default="model.pkl", help="checkpoint (model.pkl)")
+        parser.add_argument("--prompt", help="answer this and exit")
+        parser.add_argument("--max_new_tokens", type=int, default=500, help="longest answer (500)")
+        parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest, 1 as learned (0.8)")
+        parser.add_argument("--top_k", type=int, default=0, help="choose among the k likeliest; 0 is all (0)")
+        parser.add_argument("--seed", type=int, help="same seed, same text")
+        parser.add_argument("--device", default=gpt.Config.device, help=f"cpu, cuda or mps ({gpt.Config.device})")
+        parser.add_argument("--stats", action="store_true", help="characters per second after each answer")
+        parser.add_argument("--int8", action="store_true", help="8 bits a weight")
+        flags = parser.parse_args(argv)
+        for name, low in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
+            if not low <= getattr(flags, name) < 2**31:
+                raise ValueError(f"--{name} must be at least {low}, not {getattr(flags, name)}")
+        torch.manual_seed(flags.seed) if flags.seed is not None else torch.seed()
+        try:
+            model, tokenizer, config = gpt.load_model(flags.model, flags.device)
+        except FileNotFoundError:
+            raise ValueError(f"{flags.model}: no such model; python gpt.py makes one") from None
+        if flags.int8:
+            before = size(model)
+            print(f"weights: {before / 2**20:.1f} MiB, as int8 {size(quantize(model)) / 2**20:.1f} MiB", file=sys.stderr)
+        chat = Chat(model, tokenizer, config, flags.max_new_tokens, flags.temperature, flags.top_k)
+        if flags.prompt is not None:
+            print(end=gpt.printable(flags.prompt) + "\n" * chat.answers)
+            chat.show(flags.prompt, flags.stats)
+        else:
+            print(f"{flags.model}: {'answers a line' if chat.answers else 'continues your text'}; /help", file=sys.stderr)
+            talk(chat, flags.stats)
+
+    return gpt.run_command(work, "chat.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

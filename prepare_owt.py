@@ -1,0 +1,212 @@
+"""Turns OpenWebText, or any archive of texts, into the memory-mapped folder that gpt.py trains on.
+
+    python prepare_owt.py openwebtext.tar.xz --out data/owt
+    python prepare_owt.py urlsf_subset*.tar --out data/owt --sample 0.01
+    python gpt.py --data data/owt
+
+The real corpus is 8 million documents, 40 GB, in an archive of 20,610 shards; a shard is an xz-compressed tar (sic) of one
+.txt file a document. It is larger than memory, so it streams: threads decompress a shard each (lzma and numpy let the
+others run meanwhile), and its characters go to one file as 16-bit ids, in a numbering of the shard's own. When all
+characters are known, the ids are renumbered in place and the file is cut in two. Nothing is unpacked to disk, and no name
+in an archive becomes a file's.
+"""
+import argparse, io, json, lzma, os, random, shlex, shutil, sys, tarfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+END, UNK = "\x03", "\ufffd"  # as in gpt.py, which is not imported: torch would take longer to load than a small corpus
+XZ = b"\xfd7zXZ\x00"         # how an xz file begins
+LARGEST = 2**30              # bytes of a member or of a shard decompressed; a .txt of its own may have any size
+
+
+def unpack(data, name):
+    """The bytes in an .xz. ValueError if it is damaged, cut off or a bomb."""
+    raw = b""
+    try:
+        while data:  # an .xz may hold several streams
+            stream = lzma.LZMADecompressor()
+            raw, data = raw + stream.decompress(data, LARGEST - len(raw)), stream.unused_data
+            if not stream.eof:
+                raise EOFError(f"it ends early, or holds more than {LARGEST:,} bytes")
+    except (lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"{name}: corrupt: {error}") from None
+    return raw
+
+
+def members(file, name):
+    """Yields (name, bytes) of each regular file in an open tar, front to back. ValueError if it is damaged or cut off."""
+    try:
+        while (block := file.read(512)) != bytes(512):  # a tar ends with zeros
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
+            data = file.read(-(-info.size // 512) * 512) if 0 <= info.size <= LARGEST else b""
+            if not len(data) >= info.size >= 0:
+                raise EOFError(f"it ends inside {info.name}, or that is too large")
+            if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE):  # folders, links and devices hold no text
+                yield info.name, data[: info.size]
+    except (tarfile.HeaderError, lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"{name}: corrupt: {error}") from None
+
+
+def decode(documents):
+    """[bytes] -> str: UTF-8, \\n at line ends, each closed by END; what is not UTF-8, and an END inside, become UNK."""
+    cleaned = (d.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(END.encode(), UNK.encode()) for d in documents)
+    return "".join(d.decode("utf-8", "replace") + END for d in cleaned if d)
+
+
+def shards(path):
+    """Yields (name, bytes of an .xz or decoded str, bytes of the file read so far) for each shard in the file at path."""
+    if path.name.endswith((".tar", ".tar.xz")):
+        with open(path, "rb") as raw, lzma.open(raw) if path.suffix == ".xz" else raw as file:
+            for name, data in members(file, path):
+                if data.startswith(XZ) or name.endswith(".txt"):
+                    yield f"{path}: {name}", data if data.startswith(XZ) else decode([data]), raw.tell()
+    elif path.suffix == ".xz":
+        yield str(path), path.read_bytes(), path.stat().st_size
+    elif path.suffix == ".txt":
+        with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+            while text := file.read(2**22):
+                text += file.read(1) if text.endswith("\r") else ""  # do not part \r from \n
+                yield str(path), text.replace("\r\n", "\n").replace(END, UNK), file.buffer.tell()
+        yield str(path), END if path.stat().st_size else "", path.stat().st_size
+    else:
+        raise ValueError(f"{path}: not a .tar, .tar.xz, .xz or .txt file, nor a folder of them")
+
+
+def encode(name, data):
+    """A shard -> (ids in the order in which its characters first appear, their code points, how often each occurs)."""
+    if isinstance(data, bytes):
+        data = unpack(data, name)
+        is_tar = data[257:262] == b"ustar" or not data.strip(b"\0")
+        data = decode([d for _, d in members(io.BytesIO(data), name)] if is_tar else [data])
+    new = 2**16 - 1
+    table, codes, pieces = np.full(sys.maxunicode + 1, new, "<u2"), [], [np.zeros(0, "<u2")]
+    for i in range(0, len(data), 2**16):  # a piece at a time stays in the processor's cache
+        points = np.frombuffer(data[i : i + 2**16].encode("utf-32-le"), "<u4")
+        if (table[points] == new).any():
+            codes += (fresh := np.unique(points[table[points] == new])).tolist()
+            if len(codes) > new:
+                raise ValueError(f"{name}: more than {new:,} different characters in one shard")
+            table[fresh] = np.arange(len(codes) - len(fresh), len(codes))
+        pieces.append(table[points])
+    counts = sum(np.bincount(ids, minlength=len(codes)) for ids in pieces)
+    return np.concatenate(pieces), np.array(codes, np.uint32), counts
+
+
+def renumber(folder, start, stop, cut, final):
+    """Gives the ids from start to stop their final numbers: in place up to the cut, in val.bin after it."""
+    with open(folder / "train.bin", "r+b") as train, open(folder / "val.bin", "r+b") as val:
+        for file, low, high, base in ((train, start, min(stop, cut), 0), (val, max(start, cut), stop, cut)):
+            for i in range(low, high, 2**18):
+                train.seek(2 * i)
+                ids = np.fromfile(train, "<u2", min(2**18, high - i))
+                file.seek(2 * (i - base))
+                file.write(final[ids].data)
+
+
+def prepare(files, folder, sample, seed, workers, val_fraction, min_count):
+    """Fills an empty folder from the files; returns what its corpus.json says. ValueError names a bad file and member."""
+    sizes, totals = [f.stat().st_size for f in files], np.zeros(sys.maxunicode + 1, np.int64)
+    phase, last, number, keep, waiting, parts = random.Random(seed).random(), None, 0, False, deque(), []
+    bar = tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=None)
+    with ThreadPoolExecutor(workers) as pool, open(folder / "train.bin", "wb") as train, bar:
+        def write():
+            (ids, codes, counts), position = waiting[0][0].result(), waiting.popleft()[1]
+            train.write(ids.data)
+            parts.append((len(ids), codes, counts[codes == ord(END)].sum()))
+            totals[codes] += counts
+            bar.set_postfix_str(f"{totals[ord(END)]:,} documents, {totals.sum():,} characters", refresh=False)
+            bar.update(position - bar.n)
+
+        for file, before in zip(files, np.cumsum([0, *sizes])):
+            for name, data, position in shards(file):
+                if name != last:  # another shard: every 1/sample-th is kept, from a random one on
+                    keep = int((number + 1) * sample + phase) > int(number * sample + phase)
+                    number, last = number + 1, name
+                if keep:
+                    waiting.append((pool.submit(encode, name, data), before + position))
+                while len(waiting) > 2 * workers:  # no more at once: memory stays bounded
+                    write()
+        while waiting:
+            write()
+
+        documents, length, closed = int(totals[ord(END)]), int(totals.sum()), np.cumsum([n for *_, n in parts])
+        if not documents:
+            raise ValueError(f"no documents in {number} shards, of which --sample {sample} was taken")
+        known = totals >= min_count
+        known[[ord(END), ord(UNK)]] = True
+        vocabulary = np.flatnonzero(known & (totals > 0) | np.isin(np.arange(len(totals)), [ord(END), ord(UNK)]))
+        if len(vocabulary) > 2**16:
+            raise ValueError(f"{len(vocabulary):,} characters do not fit in 16 bits: raise --min_count above {min_count}")
+        final = np.full(len(totals), np.searchsorted(vocabulary, ord(UNK)), "<u2")
+        final[vocabulary] = np.arange(len(vocabulary))
+
+        train.flush()
+        offsets = np.cumsum([0, *(n for n, *_ in parts)]).tolist()
+        if documents == 1:  # a single text is cut by position, as load_data does
+            cut = int((1 - val_fraction) * (length - 1))
+        else:               # others between documents
+            wanted = min(max(int((1 - val_fraction) * documents), 1), documents - 1)
+            i = int(np.searchsorted(closed, wanted))  # the shard with the last END before the cut
+            ids = np.fromfile(folder / "train.bin", "<u2", parts[i][0], offset=2 * offsets[i])
+            ends = np.flatnonzero(parts[i][1][ids] == ord(END))
+            cut = offsets[i] + int(ends[wanted - closed[i] - 1]) + 1
+        (folder / "val.bin").touch()
+        list(pool.map(lambda a, b, part: renumber(folder, a, b, cut, final[part[1]]), offsets, offsets[1:], parts))
+        train.truncate(2 * cut)
+    corpus = dict(documents=documents, characters=length - documents, vocabulary=len(vocabulary), train=cut, val=length - cut,
+                  unknown=int(totals[~known].sum() + totals[ord(UNK)]), sources=[str(f) for f in files])
+    for name, content in (("vocab.json", [chr(c) for c in vocabulary]), ("corpus.json", corpus)):
+        (folder / name).write_text(json.dumps(content, indent=1 if content is corpus else None), "utf-8")
+    return corpus
+
+
+def main(argv=None):
+    """The command line. Returns the exit status."""
+    def fail(message):
+        raise ValueError(message)
+
+    parser = argparse.ArgumentParser(prog="prepare_owt.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.error = fail
+    parser.add_argument("sources", nargs="+", type=Path, help=".tar, .tar.xz, .xz or .txt files, or folders of them")
+    for name, default, note in (("out", Path("data/owt"), "folder to write"), ("sample", 1.0, "share of the shards to take"),
+                                ("seed", 1337, "chooses them"), ("workers", os.cpu_count(), "threads"),
+                                ("val_fraction", 0.1, "share for validation"), ("min_count", 1, "rarer characters become UNK")):
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{note} ({default})")
+    try:
+        flags = vars(parser.parse_args(argv))
+        for name, low, high in ("sample", 1e-9, 1), ("val_fraction", 1e-9, 0.999), ("workers", 1, 1024), ("min_count", 1, 2**62):
+            if not low <= flags[name] <= high:
+                fail(f"--{name} must be from {low} to {high}, not {flags[name]}")
+        out, sources = flags.pop("out"), flags.pop("sources")
+        files = [f for s in sources for f in (sorted(s.iterdir()) if s.is_dir() else [s])
+                 if not s.is_dir() or f.suffix in (".tar", ".xz", ".txt")]
+        if out.exists() and {p.name for p in out.iterdir()} - {"train.bin", "val.bin", "vocab.json", "corpus.json"}:
+            fail(f"{out}: holds other files; name a folder of its own with --out")
+        new, old = (out.with_name(out.name + end) for end in (".tmp", ".old"))
+        shutil.rmtree(new, ignore_errors=True)  # what a killed run left
+        new.mkdir(parents=True)
+        try:
+            corpus = prepare(files, new, **flags)
+            if out.exists():
+                out.rename(old)
+            new.rename(out)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True) if out.exists() else None
+        print(f"{corpus['documents']:,} documents, {corpus['characters']:,} characters, {corpus['unknown']:,} of them unknown, "
+              f"vocabulary {corpus['vocabulary']:,}\ntrain on it: python gpt.py --data {shlex.quote(str(out))}")
+        return 0
+    except (ValueError, OSError) as error:
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print("prepare_owt.py: " + " ".join(text.split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
