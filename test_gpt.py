@@ -54,7 +54,6 @@ def script(name, *words, **options):
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(2)
 
 
 @pytest.fixture
@@ -209,9 +208,9 @@ def test_no_attention_is_a_model_too():
 
 
 def test_a_short_text_is_memorised():
-    text = "".join(random.Random(3).choices("abcdefgh ", k=200))
+    text = " ".join(gpt.__doc__.split())[:200]
     tokenizer = CharTokenizer.from_text(text)
-    config = tiny(block_size=32, n_embd=64, learning_rate=3e-3, max_iters=250, batch_size=16)
+    config = tiny(block_size=32, n_embd=64, learning_rate=3e-3, max_iters=300, batch_size=16, warmup_iters=50)
     data = tokenizer.encode(text)
     torch.manual_seed(0)
     model = gpt.GPT(config, tokenizer.vocab_size)
@@ -293,3 +292,296 @@ def test_stream_yields_what_generate_returns():
     torch.manual_seed(1)
     parts = list(model.stream(index, 12))
     assert all(p.shape == (2, 1) for p in parts) and torch.equal(torch.cat([index, *parts], 1), text)
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+def test_estimate_loss_is_the_same_every_time_and_leaves_no_trace(book):
+    config = tiny(data=book, dropout=0.5)
+    splits, tokenizer = gpt.load_data(config)
+    model = model_of(tokenizer.vocab_size, dropout=0.5).train()
+    first = gpt.estimate_loss(model, splits, config)
+    gpt.get_batch(splits["train"], config)
+    assert first == gpt.estimate_loss(model, splits, config) and first.keys() == {"train", "val"}
+    assert model.training and all(p.grad is None for p in model.parameters())
+    assert first["val"] == pytest.approx(math.log(tokenizer.vocab_size), abs=0.2)
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = tiny(learning_rate=1.0, warmup_iters=10, max_iters=110)
+    rates = [gpt.learning_rate(step, config) for step in range(111)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)]) and rates[10] == 1
+    assert all(a > b for a, b in zip(rates[10:], rates[11:])) and rates[-1] <= 0.1
+
+
+def test_optimizers_share_out_every_parameter_once():
+    for kind in ("adamw", "muon"):
+        model = model_of(n_layer=1)
+        groups = [g for o in gpt.make_optimizers(model, tiny(optimizer=kind, weight_decay=0.3)) for g in o.param_groups]
+        assert sorted(map(id, sum((g["params"] for g in groups), []))) == sorted(map(id, model.parameters()))
+        for group in groups:
+            assert all((group["weight_decay"] == 0.3) == (p.ndim == 2) for p in group["params"])
+    blocks = {id(p) for p in model.blocks.parameters() if p.ndim == 2}
+    assert {id(p) for p in groups[-1]["params"]} == blocks  # Muon's
+
+
+def test_gradient_accumulation_4x8_is_batch_32(book):
+    splits, tokenizer = gpt.load_data(tiny(data=book))
+    results = []
+    for batch_size, grad_accum in ((8, 4), (32, 1)):
+        config = tiny(batch_size=batch_size, grad_accum=grad_accum, weight_decay=0.1)
+        model = model_of(tokenizer.vocab_size).train()
+        optimizers = gpt.make_optimizers(model, config)
+        losses = [gpt.training_step(model, optimizers, splits["train"], config, step).item() for step in range(6)]
+        results.append((losses, torch.cat([p.detach().flatten() for p in model.parameters()])))
+    (a, x), (b, y) = results
+    assert a == pytest.approx(b, abs=1e-5) and torch.allclose(x, y, atol=1e-4) and a[-1] < a[0]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_is_the_run_that_was_never_stopped(book, optimizer, monkeypatch):
+    settings = dict(data=book, optimizer=optimizer, dropout=0.2, grad_accum=2, max_iters=8)
+    whole = trained(tiny(**settings, out="whole.pkl"))
+    step = gpt.training_step
+
+    def stop_after_4(*args):
+        if args[4] == 4:
+            raise KeyboardInterrupt
+        return step(*args)
+    monkeypatch.setattr(gpt, "training_step", stop_after_4)
+    with pytest.raises(KeyboardInterrupt):
+        gpt.train(tiny(**settings, out="parts.pkl"))
+    monkeypatch.undo()
+    os.chdir(Path(book).parent)
+    assert gpt.load_checkpoint("parts.pkl")["step"] == 3  # the last evaluation
+    parts = trained(tiny(**settings, out="parts.pkl"))
+    for key in ("model", "optimizer", "losses", "best", "step", "corpus"):
+        assert same(whole[key], parts[key]), key
+    assert not same(whole["model"], trained(tiny(**settings, out="other.pkl", seed=1))["model"])
+
+
+def test_bfloat16_loss_is_close_to_float32(book):
+    splits, tokenizer = gpt.load_data(tiny(data=book))
+    model, (x, y) = model_of(tokenizer.vocab_size, n_embd=64), gpt.get_batch(splits["train"], tiny())
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        with gpt.autocast(tiny(dtype=dtype)):
+            logits, loss = model(x, y)
+        losses.append(loss.item())
+        assert logits.dtype == getattr(torch, dtype) and loss.dtype == torch.float32
+    assert abs(losses[0] - losses[1]) < 0.02
+
+
+def test_two_processes_train_what_one_trains(book):
+    words = flags(data=book, grad_accum=2, dropout=0.3, max_iters=50, eval_interval=50, learning_rate=3e-3)
+    assert gpt.main([*words, "--out", "one.pkl"]) == 0
+    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", HERE / "gpt.py", *words,
+                          "--out", "two.pkl"], capture_output=True, text=True, timeout=120)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("step     50") == 1  # process 0 alone prints
+    one, two = (gpt.load_checkpoint(f"{n}.pkl")["model"] for n in ("one", "two"))
+    assert all(torch.allclose(one[k], two[k], atol=1e-4) for k in one)
+
+
+def test_broken_compilers_mean_a_notice_and_no_compilation(book, monkeypatch, capsys):
+    def broken(*args):
+        raise RuntimeError("no compiler here\nat all")
+    monkeypatch.setattr(torch, "compile", lambda model: broken)
+    assert gpt.main(flags(data=book) + ["--compile"]) == 0
+    assert capsys.readouterr().err.count("not compiled: RuntimeError: no compiler here") == 1
+
+
+def test_tune_prints_a_table_and_a_command_that_works(book, capsys):
+    words = flags(data=book, batch_size=4, grad_accum=2)
+    assert gpt.main([*words, "--no-compile", "--tune"]) == 0
+    table, _, command = capsys.readouterr().out.partition("fastest: python gpt.py ")
+    assert table.count("float32") == table.count("bfloat16") == 3 and not Path("book.pkl").exists()
+    assert gpt.main(command.split()) == 0 and Path("book.pkl").exists()
+
+
+def test_interrupted_resumed_and_finished_as_a_process(book):
+    settings = dict(data=book, max_iters=1000, eval_interval=500, dropout=0.1)
+    words = [sys.executable, HERE / "gpt.py", *flags(**settings)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert any(line.startswith("step") for line in iter(process.stdout.readline, ""))  # it has begun
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "the same command carries on" in output and not errors
+    stopped = gpt.load_checkpoint("book.pkl")["step"]
+    assert 0 < stopped < 1000
+    output = subprocess.run(words, capture_output=True, text=True).stdout
+    assert f"resumed at step {stopped}" in output and "step  1,000" in output
+    for word in ("losses", "▁", "saved   book.pkl", "python chat.py --model book.pkl"):
+        assert word in output
+    resumed = gpt.load_checkpoint("book.pkl")
+    assert same(resumed["model"], trained(tiny(**settings, out="whole.pkl"))["model"])
+    output = subprocess.run(words, capture_output=True, text=True)
+    assert output.returncode == 0 and "already" in output.stdout  # a third time there is nothing to do
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+def test_load_model_gives_the_best_weights_of_text_and_the_latest_of_pairs(book):
+    checkpoint = trained(tiny(data=book))
+    checkpoint["best"]["model"] = {k: v + 1 for k, v in checkpoint["best"]["model"].items()}
+    for data, weights in ((book, checkpoint["best"]["model"]), ("pairs.jsonl", checkpoint["model"])):
+        checkpoint["config"]["data"] = data
+        gpt.save_checkpoint("book.pkl", checkpoint)
+        model, tokenizer, config = gpt.load_model("book.pkl", "cpu")
+        assert same(dict(model.state_dict()), dict(weights)) and not model.training
+        assert tokenizer.chars == checkpoint["chars"] and config.n_embd == 16
+
+
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path("boom"),)
+
+
+def bad_checkpoints(good):
+    """name -> bytes of a file that is no checkpoint."""
+    def saved(change):
+        checkpoint = torch.load(io.BytesIO(good), weights_only=True)
+        change(checkpoint)
+        file = io.BytesIO()
+        torch.save(checkpoint, file)
+        return file.getvalue()
+    first = "tokens.weight"
+    return {
+        "bomb": saved(lambda c: c.update(step=Bomb())), "pickle": pickle.dumps(Bomb()), "empty": b"", "random": random.Random(0).randbytes(5000),
+        "cut": good[: len(good) // 2], "end cut": good[:-1], "other": saved(lambda c: c.clear()),
+        **{f"no {key}": saved(lambda c: c.pop(key)) for key in ("config", "chars", "corpus", "step", "losses", "model", "optimizer", "best")},
+        "wrong shape": saved(lambda c: c["model"].update({first: torch.zeros(3, 3)})),
+        "wrong type": saved(lambda c: c["model"].update({first: c["model"][first].half()})),
+        "no storage": saved(lambda c: c["model"].update({first: torch.zeros(1).expand(c["model"][first].shape)})),
+        "missing tensor": saved(lambda c: c["model"].pop(first)), "best broken": saved(lambda c: c["best"].update(model={})),
+        "optimizer shape": saved(lambda c: c["optimizer"][0][0].update(exp_avg=torch.zeros(1, 1))),
+        "n_embd": saved(lambda c: c["config"].update(n_embd=2**30)), "n_layer": saved(lambda c: c["config"].update(n_layer=10**9)),
+        "field": saved(lambda c: c["config"].update(colour="red")), "string": saved(lambda c: c["config"].update(n_head="2")),
+    }
+
+
+def test_foreign_checkpoints_are_refused_and_run_nothing(book, capsys):
+    trained(tiny(data=book))
+    for name, content in bad_checkpoints(Path("book.pkl").read_bytes()).items():
+        Path("bad.pkl").write_bytes(content)
+        for main, words in ((gpt.main, flags(data=book, out="bad.pkl")), (gpt.main, flags(data=book, init_from="bad.pkl", out="new.pkl")),
+                            (chat.main, ["--model", "bad.pkl", "--prompt", "a"])):
+            assert main(words) == 2, name
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1 and "bad.pkl" in error, (name, error)
+        assert Path("bad.pkl").read_bytes() == content and not Path("new.pkl").exists() and not Path("boom").exists()
+
+
+def test_killed_at_any_instant_the_run_ends_as_if_it_had_not_been(book):
+    settings = dict(data=book, max_iters=300, eval_interval=2, eval_iters=1, dropout=0.1)
+    whole, rng, kills = trained(tiny(**settings, out="whole.pkl")), random.Random(), 0
+    while kills < int(os.environ.get("KILLS", 5)):
+        process = subprocess.Popen([sys.executable, HERE / "gpt.py", *flags(**settings, out="killed.pkl")], stdout=subprocess.PIPE)
+        process.stdout.readline()  # loaded
+        time.sleep(rng.uniform(0, 1))
+        process.kill()
+        process.communicate()
+        kills += 1
+        if Path("killed.pkl").exists():
+            if gpt.load_checkpoint("killed.pkl")["step"] == 300:
+                Path("killed.pkl").unlink()  # it had ended: from the start again
+    final = trained(tiny(**settings, out="killed.pkl"))
+    assert all(same(final[key], whole[key]) for key in ("model", "optimizer", "losses", "best"))
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(book):
+    trained(tiny(data=book))
+    before, size = Path("book.pkl").read_bytes(), Path("book.pkl").stat().st_size
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2}, {size // 2})); import sys, gpt; sys.exit(gpt.main())"
+    run = subprocess.run([sys.executable, "-c", limit, *flags(data=book, max_iters=9)], capture_output=True, text=True,
+                         env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "book.pkl" in run.stderr, run.stderr
+    assert Path("book.pkl").read_bytes() == before and not list(Path().glob("*.tmp"))
+    assert trained(tiny(data=book, max_iters=9))["step"] == 9
+
+
+def test_two_runs_at_once_and_the_file_always_loads(book):
+    words = [sys.executable, HERE / "gpt.py", *flags(data=book, max_iters=150, eval_interval=1, eval_iters=1)]
+    runs = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    loads = 0
+    while any(run.poll() is None for run in runs):
+        if Path("book.pkl").exists():
+            loads += gpt.load_checkpoint("book.pkl")["step"] >= 0
+    assert loads > 5 and [run.communicate()[1] for run in runs] == [b"", b""] and not list(Path().glob("*.tmp"))
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+def bad_input(book):
+    """(main, words, what the one line on stderr must name)"""
+    for words, culprit in [
+            ("--n_embd 0", "n_embd"), ("--n_embd -4", "n_embd"), ("--n_embd 1.5", "n_embd"), ("--n_embd x", "n_embd"), ("--n_embd", "n_embd"),
+            ("--n_embd 10", "n_head"), ("--n_head 3", "n_head"), ("--n_head 0", "n_head"), ("--n_layer -1", "n_layer"), ("--n_layer 100000", "n_layer"),
+            ("--batch_size 0", "batch_size"), ("--block_size 0", "block_size"), ("--block_size 5000", "block_size"), ("--grad_accum 0", "grad_accum"),
+            ("--max_iters -1", "max_iters"), ("--warmup_iters -1", "warmup_iters"), ("--dropout 1", "dropout"), ("--dropout -0.1", "dropout"),
+            ("--dropout nan", "dropout"), ("--learning_rate -1", "learning_rate"), ("--learning_rate nan", "learning_rate"),
+            ("--learning_rate inf", "learning_rate"), ("--weight_decay -1", "weight_decay"), ("--grad_clip -1", "grad_clip"),
+            ("--eval_interval 0", "eval_interval"), ("--eval_iters 0", "eval_iters"), ("--seed -1", "seed"), ("--seed 1e3", "seed"),
+            ("--optimizer sgd", "sgd"), ("--dtype float16", "float16"), ("--device tpu", "tpu"), ("--device cuda:99", "cuda:99"),
+            ("--compile=yes", "compile"), ("--colour red", "--colour"), ("--n_emb 16", "--n_emb"), ("stray", "stray"),
+            ("--out nowhere/model.pkl", "nowhere"), ("--out .", "."), ("--init_from nothing.pkl", "nothing.pkl"),
+            ("--init_from book.txt", "book.txt"), ("--data nothing.txt", "nothing.txt"), ("--data empty.txt", "empty.txt"),
+            ("--data short.txt", "short.txt"), ("--data empty.jsonl", "empty.jsonl"), ("--data one.jsonl", "one.jsonl"),
+            ("--data bad.jsonl", "line 3"), ("--data wrong.jsonl", "line 2"), ("--data list.jsonl", "line 1"), ("--data empty", "vocab.json"),
+            ("--data novocab", "vocab.json"), ("--data noval", "val.bin"), ("--data odd", "train.bin"), ("--data hollow", "train.bin"),
+            ("--data notjson", "vocab.json"), ("--data unsorted", "vocab.json"), ("--data ids", "ids"), ("--learning_rate 10 --grad_clip 0 --n_layer 0", "learning_rate")]:
+        yield gpt.main, [*flags(data=book), *words.split()], culprit
+    for words, culprit in [("", "model.pkl"), ("--model nothing.pkl", "nothing.pkl"), ("--model book.txt", "book.txt"), ("--temperature -1", "temperature"),
+                           ("--temperature nan", "temperature"), ("--top_k -1", "top_k"), ("--max_new_tokens 0", "max_new_tokens"), ("--seed x", "seed"),
+                           ("--model good.pkl --device tpu", "tpu"), ("--colour red", "--colour"), ("--mod x", "--mod")]:
+        yield chat.main, ["--prompt", "a", *words.split()], culprit
+    for words, culprit in [("", "sources"), ("nothing.tar", "nothing.tar"), ("good.pkl", "good.pkl"), ("empty.txt", "no documents"), ("empty", "no documents"),
+                           ("random.tar", "random.tar"), ("random.xz", "random.xz"), ("random.tar.xz", "random.tar.xz"), ("book.txt --sample 0", "sample"),
+                           ("book.txt --sample 2", "sample"), ("book.txt --workers 0", "workers"), ("book.txt --val_fraction 1", "val_fraction"),
+                           ("book.txt --min_count 0", "min_count"), ("book.txt --out full", "full"), ("book.txt --seed x", "seed")]:
+        yield prepare_owt.main, words.split(), culprit
+
+
+def test_every_mistake_is_answered_in_one_line(book, capsys):
+    vocabulary = json.dumps(sorted("ab" + END + UNK))
+    pair = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
+    for name, content in {"empty.txt": "", "short.txt": "abc", "empty.jsonl": "", "one.jsonl": pair, "bad.jsonl": pair * 2 + "{", "list.jsonl": "[1]\n",
+                          "wrong.jsonl": pair + '{"prompt": "a"}', "random.tar": "x" * 600, "random.xz": "x", "random.tar.xz": "x", "full/other": "x",
+                          "novocab/train.bin": "abcd" * 9, "novocab/val.bin": "abcd" * 9, "noval/vocab.json": vocabulary, "noval/train.bin": "abcd" * 9,
+                          **{f"{folder}/{file}": content for folder, changed in {
+                              "odd": {"train.bin": "a" * 99}, "hollow": {"train.bin": ""}, "notjson": {"vocab.json": "{"},
+                              "unsorted": {"vocab.json": json.dumps(["b", "a", END, UNK])}, "ids": {}}.items()
+                             for file, content in {"train.bin": "\0\0\1\0" * 9 + "\xff\xff" * 9, "val.bin": "\0\0" * 20, "vocab.json": vocabulary, **changed}.items()},
+                          "empty/notes": ""}.items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(content, encoding="latin-1")
+    gpt.train(tiny(data=book, out="good.pkl"))
+    capsys.readouterr()
+    before = {p: p.read_bytes() for p in Path().rglob("*") if p.is_file()}
+    cases = list(bad_input(book))
+    assert len(cases) >= 60
+    for main, words, culprit in cases:
+        status, error = main(words), capsys.readouterr().err
+        assert status == 2 and error.count("\n") == 1 and culprit in error and "Traceback" not in error, (words, status, error)
+        assert all(p.read_bytes() == content for p, content in before.items()), words
+        for path in set(p for p in Path().rglob("*.pkl")) - set(before):
+            path.unlink()  # a run that began well and then diverged has saved its first step
+    for main, words, culprit in [cases[0], cases[33], cases[41], cases[58], cases[75]]:
+        run = script(Path(sys.modules[main.__module__].__file__).name, *words)
+        assert run.returncode == 2 and run.stderr.count("\n") == 1 and culprit in run.stderr, run.stderr
+
+
+def test_a_flag_that_contradicts_the_checkpoint_is_refused(book, capsys):
+    gpt.train(tiny(data=book))
+    before = Path("book.pkl").read_bytes()
+    Path("other.txt").write_text(TEXT + "!")
+    for change in (dict(n_embd=32), dict(n_layer=1), dict(n_head=4), dict(block_size=4), dict(optimizer="muon"), dict(seed=5),
+                   dict(data="other.txt", out="book.pkl")):
+        assert gpt.main(flags(**{"data": book, **change})) == 2
+        error = capsys.readouterr().err
+        (name, value), *_ = change.items()
+        assert error.count("\n") == 1 and ("corpus" if name == "data" else name) in error and str(value) in error
+        assert str(TINY.get(name, "")) in error and "--out book-2.pkl" in error and Path("book.pkl").read_bytes() == before
+    assert gpt.main(["--data", book, "--device", "cpu", "--max_iters", "7"]) == 0  # what is not said comes from the checkpoint
+    assert gpt.load_checkpoint("book.pkl")["step"] == 7 and gpt.load_checkpoint("book.pkl")["config"]["n_embd"] == 16
