@@ -128,7 +128,7 @@ def talk(chat, stats):
 def main(argv=None):
     """The command line. Returns the exit status."""
     def work():
-        parser = gpt.Parser(prog="chat.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+        parser = gpt.Parser("chat.py", __doc__)
         parser.add_argument("--model", default="model.pkl", help="checkpoint (model.pkl)")
         parser.add_argument("--prompt", help="answer this and exit")
         parser.add_argument("--max_new_tokens", type=int, default=500, help="longest answer (500)")
@@ -158,7 +158,7 @@ def main(argv=None):
             print(f"{flags.model}: {'answers a line' if chat.answers else 'continues your text'}; /help", file=sys.stderr)
             talk(chat, flags.stats)
 
-    return gpt.run_command(work, "chat.py")
+    return gpt.run_command("chat.py", work)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ B batch (texts side by side), T time (characters in a text), C channels (n_embd 
 H heads, D head size (C / H), V vocabulary.
 """
 import argparse, hashlib, inspect, itertools, json, math, os, re, shlex, signal, sys, threading, time, unicodedata, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 @dataclass
 class Config:
-    """Every setting of a run. ValueError if one makes no sense. Not learned but chosen, hence *hyper*parameters."""
-    data: str = ""                # text file, .jsonl of prompt/completion pairs, or folder; "" is Python's documentation
+    """Every setting of a run: chosen, not learned, hence *hyper*parameters. ValueError if one makes no sense."""
+    data: str = ""                # text file, .jsonl of pairs, or prepared folder; "" is Python's documentation
     out: str = ""                 # checkpoint to write and to carry on from; "" is named after the data
-    init_from: str = ""           # checkpoint to start a new run from (fine-tuning)
+    init_from: str = ""           # checkpoint whose weights and vocabulary a new run starts from (fine-tuning)
     batch_size: int = 32          # texts per micro-batch: B
     block_size: int = 128         # characters of context: T
     grad_accum: int = 1           # micro-batches per step, over all processes
@@ -42,7 +42,7 @@ class Config:
     n_layer: int = 4              # blocks; 0 is the simplest language model, without attention
     dropout: float = 0.1          # share of activations turned off in training
     optimizer: str = "adamw"      # adamw or muon
-    learning_rate: float = 3e-3   # the peak, after warm-up
+    learning_rate: float = 3e-3   # its peak, after warm-up
     weight_decay: float = 0.02    # pull of the weight matrices towards 0
     warmup_iters: int = 100       # steps over which the learning rate climbs to its peak
     grad_clip: float = 1.0        # longest gradient allowed; 0 is no limit
@@ -54,46 +54,41 @@ class Config:
     compile: bool = False         # let torch.compile fuse the kernels
 
     def __post_init__(self):
-        self.out = self.out or default_out(self.data)
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type is float and type(value) is int:
-                setattr(self, f.name, float(value))
-            elif type(value) is not f.type:
-                raise ValueError(f"{f.name} must be of type {f.type.__name__}, not {value!r}")
-        for names, low, high in (("batch_size block_size grad_accum n_embd n_head eval_interval eval_iters", 1, 2**31),
-                                 ("max_iters warmup_iters", 0, 2**31), ("n_layer", 0, 1000), ("seed", 0, 2**63),
-                                 ("dropout", 0, 0.99), ("learning_rate weight_decay", 0, 10), ("grad_clip", 0, 1e9)):
+        self.out = self.out or (Path(self.data).resolve().stem if self.data else "model") + ".pkl"
+        for field in fields(self):
+            if type(getattr(self, field.name)) not in ((int, float) if field.type is float else (field.type,)):
+                raise ValueError(f"{field.name} must be of type {field.type.__name__}, not {getattr(self, field.name)!r}")
+        for names, low, high in (
+                ("batch_size block_size grad_accum n_embd n_head eval_interval eval_iters", 1, 2**31),
+                ("max_iters warmup_iters", 0, 2**31), ("n_layer", 0, 1000), ("seed", 0, 2**63),
+                ("dropout", 0, 0.99), ("learning_rate weight_decay", 0, 10), ("grad_clip", 0, 1e9),
+                ("optimizer", "adamw", "muon"), ("dtype", "bfloat16", "float32")):
             for name in names.split():
-                if not low <= getattr(self, name) <= high:
-                    raise ValueError(f"{name} must be from {low} to {high}, not {getattr(self, name)}")
-        for name, choices in (("optimizer", ("adamw", "muon")), ("dtype", ("float32", "bfloat16"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be {' or '.join(choices)}, not {getattr(self, name)!r}")
+                value = getattr(self, name)
+                if isinstance(low, str) and value not in (low, high):
+                    raise ValueError(f"{name} must be {low} or {high}, not {value!r}")
+                if not isinstance(low, str) and not low <= value <= high:
+                    raise ValueError(f"{name} must be from {low} to {high}, not {value}")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} must be divisible by n_head {self.n_head}: heads share it out evenly")
+            raise ValueError(f"n_embd {self.n_embd} must be divisible by n_head {self.n_head}: the heads share it out")
 
     @property
     def answers_prompts(self):
-        """Whether the model learns from pairs: then chat shows it a line and waits for END."""
-        return self.data.lower().endswith(".jsonl")
+        """Whether the model learns from pairs: chat then shows it a line and waits for END."""
+        return self.data.endswith(".jsonl")
 
 
 ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer")  # what the shapes of the weights depend on
-
-
-def default_out(data):
-    return (Path(data).resolve().stem if data else "model") + ".pkl"
 
 
 def device_defaults(device):
     """What a device wants other than the values above, which are for a CPU: a GPU gets the course's larger model."""
     if not device.startswith("cuda"):
         return {}
-    bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    in_hardware = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return dict(batch_size=64, block_size=256, max_iters=5000, n_embd=384, n_head=8, n_layer=8, dropout=0.2,
-                learning_rate=1e-3, warmup_iters=200, eval_interval=500, dtype="bfloat16" if bfloat16 else "float32",
-                compile=True)
+                learning_rate=1e-3, warmup_iters=200, eval_interval=500, compile=True,
+                dtype="bfloat16" if in_hardware else "float32")
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
@@ -161,22 +156,23 @@ def read_pairs(path):
 
 def read_folder(folder):
     """What prepare_owt.py wrote -> memory-mapped splits and tokenizer. ValueError says what is missing or broken."""
-    splits, vocabulary = {}, folder / "vocab.json"
-    for path in (vocabulary, folder / "train.bin", folder / "val.bin"):
-        if not path.is_file():
-            raise ValueError(f"{folder}: {path.name} is missing; prepare_owt.py makes such a folder")
-        if path.suffix == ".bin":
-            if path.stat().st_size % 2 or not path.stat().st_size:
-                raise ValueError(f"{path}: {path.stat().st_size} bytes are no row of 16-bit token ids")
-            # The file stays on disk and looks like an array: the system reads the pages that are touched, no more.
-            splits[path.stem] = np.memmap(path, dtype=np.uint16, mode="r")
+    splits = {}
+    for name in ("vocab.json", "train.bin", "val.bin"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: {name} is missing; prepare_owt.py makes such a folder")
+    for name in ("train", "val"):
+        path = folder / f"{name}.bin"
+        if path.stat().st_size % 2 or not path.stat().st_size:
+            raise ValueError(f"{path}: {path.stat().st_size} bytes are no row of 16-bit token ids")
+        # The file stays on disk and looks like an array: the system reads the pages that are touched, and no more.
+        splits[name] = np.memmap(path, dtype="<u2", mode="r")
     try:
-        chars = json.loads(vocabulary.read_text("utf-8"))
+        chars = json.loads((folder / "vocab.json").read_text("utf-8"))
         tokenizer = CharTokenizer(chars)
         if list(chars) != list(tokenizer.chars):
             raise ValueError
     except (ValueError, TypeError):
-        raise ValueError(f"{vocabulary}: not a sorted list of characters with END and UNK") from None
+        raise ValueError(f"{folder}: vocab.json is no sorted list of characters with END and UNK") from None
     return splits, tokenizer
 
 
@@ -191,31 +187,29 @@ def load_data(config, tokenizer=None):
     if config.data and path.is_dir():
         splits, own = read_folder(path)
         if tokenizer and tokenizer.chars != own.chars:
-            raise ValueError(f"{path}: its vocabulary is not the model's, and its ids cannot be changed")
+            raise ValueError(f"{path}: its vocabulary is not the model's")
         tokenizer = own
     else:
         if config.answers_prompts:
             documents = read_pairs(path)
-            if len(documents) < 2:
-                raise ValueError(f"{path}: {len(documents)} pairs; there must be two at least, one to train and one to test")
-            cut = sum(len(d) + 1 for d in documents[: int(0.9 * len(documents))])
+        elif config.data:
+            documents = [read_text(path)]
         else:
-            if config.data:
-                documents = [read_text(path)]
-            else:
-                from pydoc_data.topics import topics  # half a million characters that every CPython has
-                documents = [clean(text) for text in topics.values()]
-            cut = int(0.9 * len(END.join(documents)))
-        text = END.join(documents) + END
+            from pydoc_data.topics import topics  # half a million characters that every CPython has
+            documents = [clean(text) for text in topics.values()]
+        text = END.join(documents)
+        cut = int(0.9 * len(text))
+        if config.answers_prompts:  # between two pairs
+            cut = len(END.join(documents[: int(0.9 * len(documents))] + [""]))
         tokenizer = tokenizer or CharTokenizer.from_text(text)
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode(text + END)
         splits = {"train": ids[:cut], "val": ids[cut:]}
-        if config.answers_prompts:  # a handful of pairs is a fair corpus: repeat it until a block fits
+        if config.answers_prompts and cut:  # a handful of pairs is a fair corpus: repeat it until a block fits
             splits = {k: np.tile(v, config.block_size // len(v) + 1) for k, v in splits.items()}
     for name, ids in splits.items():
         if len(ids) <= config.block_size:
-            raise ValueError(f"{config.data or 'the documentation'}: the {name} split has {len(ids)} characters, "
-                             f"which must be more than block_size {config.block_size}: lower --block_size or add text")
+            raise ValueError(f"{config.data or 'the documentation'}: {len(ids)} characters to {name} on are no more than "
+                             f"block_size {config.block_size}: lower --block_size or add text")
     return splits, tokenizer
 
 
@@ -433,17 +427,11 @@ def save_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path):
-    """Reads what save_checkpoint wrote, on the CPU. Raises OSError if there is none, ValueError for anything else.
+    """Reads what save_checkpoint wrote, on the CPU. OSError if there is no file, ValueError if it is another kind.
 
-    weights_only=True unpickles tensors and plain values and nothing else: a stranger's checkpoint cannot run code. The
-    shapes are compared with a model on the meta device, which has sizes but no memory, before a real one is built.
+    weights_only=True unpickles tensors and plain values and nothing else: a stranger's checkpoint cannot run code. Every
+    shape is compared with a model on the meta device, which has sizes but no memory, before a real one is built.
     """
-    def check(state, model):
-        expected = model.state_dict()
-        if not (state.keys() == expected.keys() and all(
-                v.shape == expected[k].shape and v.dtype == torch.float32 and v.is_contiguous() for k, v in state.items())):
-            raise ValueError("its tensors do not fit its config")
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -451,13 +439,17 @@ def load_checkpoint(path):
         config, tokenizer = Config(**saved["config"]), CharTokenizer(saved["chars"])
         with torch.device("meta"):
             model = GPT(config, tokenizer.vocab_size)
-        check(saved["model"], model)
-        check(saved["best"]["model"], model)
+        pairs = [(saved["model"], model.state_dict()), (saved["best"]["model"], model.state_dict())]
         for optimizer, state in zip(make_optimizers(model, config), saved["optimizer"], strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
-            for i, values in state.items():
-                if any(v.shape not in ((), params[i].shape) for v in values.values()):
-                    raise ValueError("its optimizer state does not fit its config")
+            names = ("momentum_buffer",) if "momentum" in optimizer.defaults else ("exp_avg", "exp_avg_sq", "step")
+            for i in state:  # empty before the first step
+                pairs += [(state[i], {n: torch.empty(()) if n == "step" else params[i] for n in names})]
+        for found, expected in pairs:
+            if found.keys() != expected.keys() or any(
+                    t.shape != expected[k].shape or t.dtype != torch.float32 or not t.is_contiguous()
+                    for k, t in found.items()):
+                raise ValueError("its tensors do not fit its config")
         if not (type(saved["step"]) is int and saved["corpus"] and all(len(row) == 3 for row in saved["losses"])):
             raise ValueError("its record of the run is damaged")
         return saved
@@ -468,29 +460,29 @@ def load_checkpoint(path):
 
 
 def chosen_weights(saved):
-    """The best weights by validation loss; of a model trained on pairs the latest, for held-out pairs are new facts,
+    """The best weights by validation loss; of a model trained on pairs the latest, since held-out pairs are new facts,
     whose loss rises while the model learns."""
     return saved["model"] if Config(**saved["config"]).answers_prompts else saved["best"]["model"]
 
 
 def load_model(path, device="cpu"):
     """A checkpoint -> (model in eval mode on the device, tokenizer, config). Raises as load_checkpoint does."""
-    saved = load_checkpoint(path)
-    config, tokenizer = Config(**{**saved["config"], "device": device}), CharTokenizer(saved["chars"])
+    device, saved = find_device(device), load_checkpoint(path)
+    config, tokenizer = Config(**{**saved["config"], "device": str(device)}), CharTokenizer(saved["chars"])
     model = GPT(config, tokenizer.vocab_size)
     model.load_state_dict(chosen_weights(saved))
     return model.to(device).eval(), tokenizer, config
 
 
-def fingerprint(splits, tokenizer):
-    """Tells corpora apart: vocabulary, sizes, and the ids themselves (of a large corpus, both ends of each split)."""
-    digest = hashlib.sha256(tokenizer.chars.encode())
-    for ids in splits.values():
-        digest.update(b"%d" % len(ids) + ids[: 2**22].tobytes() + ids[-(2**22) :].tobytes())
-    return digest.hexdigest()
-
-
 # ----------------------------------------------------------------------------------------------------------- training
+
+def find_device(name):
+    """torch.device(name), or ValueError if there is none. A GPU does the many sums of a matrix product side by side."""
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}") from None
+
 
 def learning_rate(step, config):
     """The step size of gradient descent: too high overshoots, too low crawls. Linear warm-up, while AdamW's averages are
@@ -504,10 +496,10 @@ def learning_rate(step, config):
 def make_optimizers(model, config):
     """[AdamW] or [AdamW, Muon].
 
-    Adam (Kingma and Ba 2014) is momentum, the mean of past gradients, over RMSprop, their mean size: each weight gets a step
-    of its own. The W (Loshchilov and Hutter 2017) pulls matrices towards 0 apart from the gradient step. Muon (Jordan 2024)
-    also makes the update of a matrix orthogonal, so that no direction in it drowns the others; it is for the blocks'
-    matrices, and scaled here to serve with AdamW's learning rate.
+    Adam (Kingma and Ba 2014) is momentum, the mean of past gradients, over RMSprop, their mean size: each weight gets a
+    step of its own. The W (Loshchilov and Hutter 2017) pulls matrices towards 0 apart from the gradient step. Muon (Jordan
+    2024) also makes the update of a matrix orthogonal, so that no direction in it drowns the others; it is for the blocks'
+    matrices, and scaled here so that AdamW's learning rate suits it.
     """
     muon, decay, plain = [], [], []
     for name, p in model.named_parameters():
@@ -518,31 +510,25 @@ def make_optimizers(model, config):
     return optimizers + ([torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw", **settings)] if muon else [])
 
 
-def mix(*numbers):
-    """A seed from several numbers, such that (1, 2) and (2, 1) or (0, 3) have nothing in common."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
 def rank_and_world():
-    """Which process this is, and of how many (torchrun starts them)."""
+    """Which process this is, and of how many: torchrun starts several."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def training_step(model, optimizers, data, config, step, lap=lambda part: None):
-    """One step of gradient descent on grad_accum micro-batches; returns the mean loss, a tensor.
+    """One step of gradient descent on grad_accum micro-batches; returns this process's mean loss, a tensor.
 
     Micro-batches are for a batch larger than memory holds: their gradients add up before the weights move. What is drawn
-    depends on (seed, step, micro-batch) alone, not on what came before nor on how many processes share the micro-batches.
-    lap(part) is called after each part, for timing.
+    depends on (seed, step, micro-batch), mixed into one number, and not on what came before nor on how many processes
+    share the micro-batches. lap(part) is called after each part, for timing.
     """
     rank, world = rank_and_world()
-    vocab_size = getattr(model, "module", model).vocab_size  # DistributedDataParallel wraps the model
+    mine, total = range(rank, config.grad_accum, world), 0.0
     starts = np.random.default_rng((config.seed, step)).integers(
         len(data) - config.block_size, size=(config.grad_accum, config.batch_size))
-    mine, total = range(rank, config.grad_accum, world), 0.0
     for micro in mine:
-        torch.manual_seed(mix(config.seed, step, micro))  # for dropout
-        x, y = get_batch(data, config, starts[micro], vocab_size)
+        torch.manual_seed(int(np.random.SeedSequence((config.seed, step, micro)).generate_state(1, np.uint64)[0]))
+        x, y = get_batch(data, config, starts[micro], getattr(model, "module", model).vocab_size)  # .module: unwrapped
         lap("batch")
         if world > 1:
             model.require_backward_grad_sync = micro == mine[-1]  # gradients travel once a step
@@ -567,57 +553,32 @@ def compiled(model, data, config):
     """torch.compile(model) where config asks for it and it works, otherwise the model itself."""
     if not config.compile:
         return model
-    fast = torch.compile(model)
-    try:  # compilers fail late: when they first meet a batch
+    try:  # compilers fail late, when they first meet a batch
+        fast = torch.compile(model)
         with autocast(config):
             loss = fast(*get_batch(data, config))[1]
         loss.backward()
-        return fast
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        print(f"not compiled: {type(error).__name__}: {str(error).strip()}".split("\n")[0][:150], file=sys.stderr)
-        return model
-    finally:
         model.zero_grad()
-
-
-def refuse_changes(config, saved, path, names):
-    """ValueError if one of the named settings is not what the checkpoint at path was trained with."""
-    for name in names:
-        if getattr(config, name) != saved["config"][name]:
-            raise ValueError(f"{path} was trained with {name} {saved['config'][name]!r}, not {getattr(config, name)!r}; "
-                             f"to train another model: {command(replace(config, out=free_name(config.out)))}")
-
-
-def free_name(path):
-    path = Path(path)
-    return next(str(p) for n in itertools.count(2) if not (p := path.with_name(f"{path.stem}-{n}{path.suffix}")).exists())
-
-
-def command(config, script="python gpt.py"):
-    """The command line that gives this config."""
-    usual, words = Config(**{**device_defaults(config.device), "data": config.data}), script.split()
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if f.name == "data" and value or value != getattr(usual, f.name):
-            words += [f"--{'' if value else 'no-'}{f.name}"] if f.type is bool else [f"--{f.name}", str(value)]
-    return shlex.join(words)
+        return fast
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        print(f"not compiled: {type(error).__name__}: {error}".split("\n")[0][:150], file=sys.stderr)
+        return model
 
 
 @contextmanager
 def stop_requests():
-    """A list that fills when Ctrl-C or SIGTERM asks to stop; a second Ctrl-C raises KeyboardInterrupt as usual."""
-    asked = []
+    """A list that fills when Ctrl-C or SIGTERM asks to stop; asked again, KeyboardInterrupt."""
+    asked, before = [], {}
 
     def ask(number, frame):
+        if asked:
+            raise KeyboardInterrupt
         asked.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    if threading.current_thread() is not threading.main_thread():  # signals go to the main thread alone
-        yield asked
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    with suppress(ValueError):  # only a main thread gets signals
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
     finally:
@@ -625,15 +586,24 @@ def stop_requests():
             signal.signal(number, handler)
 
 
-def printable(text):
-    """Text as a terminal may see it: no control characters (they could move the cursor or worse) but line end and tab."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else UNK for c in text)
+def command(config):
+    """The command line that makes this config."""
+    usual, words = Config(**device_defaults(config.device), data=config.data), ["python", "gpt.py"]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value != getattr(usual, field.name) or field.name == "data" and value:
+            words += [f"--{'' if value else 'no-'}{field.name}"] if field.type is bool else [f"--{field.name}", str(value)]
+    return shlex.join(words)
 
 
-def sparkline(values):
-    """A curve in one line: ▇▄▂▁▁"""
-    low, high = min(values), max(values)
-    return "".join("▁▂▃▄▅▆▇█"[round(7 * (v - low) / (high - low or 1))] for v in values)
+def refuse_changes(names, mine, saved, path):
+    """ValueError if one of the named settings is not what the checkpoint at path was trained with."""
+    for name in names:
+        if mine[name] != (theirs := {**saved, **saved["config"]}[name]):
+            out = Path(mine["out"])
+            free = next(p for n in itertools.count(2) if not (p := out.with_name(f"{out.stem}-{n}{out.suffix}")).exists())
+            config = Config(**{f.name: mine[f.name] for f in fields(Config)} | {"out": str(free)})
+            raise ValueError(f"{path} was trained with {name} {theirs}, not {mine[name]}; for another model: {command(config)}")
 
 
 def train(config):
@@ -642,21 +612,21 @@ def train(config):
     A run is a function of config, corpus and seed, stopped and resumed however often. Under torchrun every process calls
     this; process 0 evaluates, prints and saves. Raises ValueError or OSError where the user must change something.
     """
-    device = torch.device(config.device)
+    device = find_device(config.device)
     resumed = load_checkpoint(config.out) if os.path.exists(config.out) else None
     source = resumed or (load_checkpoint(config.init_from) if config.init_from else None)
-    if source:
-        refuse_changes(config, source, config.out if resumed else config.init_from,
-                       ARCHITECTURE + ("optimizer", "seed", "init_from") * bool(resumed))
     splits, tokenizer = load_data(config, CharTokenizer(source["chars"]) if source else None)
-    run = {"config": asdict(config), "chars": tokenizer.chars, "corpus": fingerprint(splits, tokenizer),
+    digest = hashlib.sha256(tokenizer.chars.encode())
+    for ids in splits.values():  # of a corpus beyond memory the ends will do
+        digest.update(b"%d " % len(ids) + ids[: 2**22].tobytes() + ids[-(2**22) :].tobytes())
+    run = {"config": asdict(config), "chars": tokenizer.chars, "corpus": digest.hexdigest()[:16],
            "step": 0, "losses": [], "best": {"loss": math.inf, "model": {}}}
     if resumed:
-        if resumed["corpus"] != run["corpus"]:
-            raise ValueError(f"{config.out} was trained on another corpus than {config.data or 'this documentation'}; "
-                             f"to train another model: {command(replace(config, out=free_name(config.out)))}")
-        run |= {k: resumed[k] for k in ("step", "losses", "best")}
-    if not os.access(Path(config.out).resolve().parent, os.W_OK):  # better told now than after an hour
+        refuse_changes([*ARCHITECTURE, "optimizer", "seed", "init_from", "corpus"], {**run, **asdict(config)}, resumed, config.out)
+        run |= {key: resumed[key] for key in ("step", "losses", "best")}
+    elif source:
+        refuse_changes(ARCHITECTURE, asdict(config), source, config.init_from)
+    if not os.access(Path(config.out).resolve().parent, os.W_OK) or os.path.isdir(config.out):  # better told now than later
         raise ValueError(f"{config.out}: its folder does not exist or cannot be written")
 
     if dist.is_torchelastic_launched() and not dist.is_initialized():
@@ -668,62 +638,51 @@ def train(config):
         torch.set_float32_matmul_precision("high")  # TF32: ten bits of fraction, several times the speed
         if world > 1:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-
     torch.manual_seed(config.seed)
     model = GPT(config, tokenizer.vocab_size)
     if source:
         model.load_state_dict(resumed["model"] if resumed else chosen_weights(source))
-    model.to(device)
+    model.to(config.device)
     optimizers = make_optimizers(model, config)
     for optimizer, state in zip(optimizers, resumed["optimizer"] if resumed else ()):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     forward = compiled(model, splits["train"], config)
     shared = forward if world == 1 else nn.parallel.DistributedDataParallel(forward)
 
-    def say(*words):
-        if rank == 0:
-            tqdm.write(" ".join(words))
-
-    def save():
-        if rank == 0:
-            save_checkpoint(config.out, {**run, "model": model.state_dict(),
-                                         "optimizer": [optimizer.state_dict()["state"] for optimizer in optimizers]})
-
-    def evaluate():
-        losses = estimate_loss(forward, splits, config)
-        if not math.isfinite(losses["train"] + losses["val"]):
-            raise ValueError(f"the loss is {losses['val']} at step {run['step']}: try a lower --learning_rate")
-        run["losses"].append((run["step"], losses["train"], losses["val"]))
-        if losses["val"] < run["best"]["loss"]:
-            run["best"] = {"loss": losses["val"], "model": {k: v.to("cpu", copy=True) for k, v in model.state_dict().items()}}
-        say(f"step {run['step']:6,d}   train {losses['train']:.4f}   val {losses['val']:.4f}")
-
-    chars = config.batch_size * config.grad_accum * config.block_size
+    say = tqdm.write if rank == 0 else lambda line: None  # prints above the progress bar
     say(f"device  {torch.cuda.get_device_name() if device.type == 'cuda' else device}, {config.dtype}, "
-        f"{'compiled' if forward is not model else 'uncompiled'}, {world} process{'es' * (world > 1)}")
+        f"{'uncompiled' if forward is model else 'compiled'}, {world} process{'es' * (world > 1)}")
+    unknown = np.mean(splits["val"] == tokenizer.unk)
     say(f"corpus  {config.data or 'the Python documentation'}: {len(splits['train']):,} characters to train on, "
-        f"{len(splits['val']):,} to validate, vocabulary {tokenizer.vocab_size:,}")
-    say(f"model   {sum(p.numel() for p in model.parameters()):,} parameters, {config.out}"
-        + f", resumed at step {run['step']:,}" * bool(resumed))
-    bar = tqdm(total=config.max_iters, initial=run["step"], unit="char", unit_scale=chars, disable=None if rank == 0 else True)
+        f"{len(splits['val']):,} to validate ({unknown:.2%} unknown), vocabulary {tokenizer.vocab_size:,}")
+    say(f"model   {sum(p.numel() for p in model.parameters()):,} parameters, {config.out}, at step {run['step']:,}")
+    chars = config.batch_size * config.grad_accum * config.block_size
+    bar = tqdm(total=config.max_iters, initial=run["step"], unit="char", unit_scale=chars, disable=rank > 0 or None)
     with stop_requests() as asked, bar:
-        if run["step"] >= config.max_iters and run["losses"]:
-            say(f"already at step {run['step']:,}: more with --max_iters above {config.max_iters}")
         while True:
-            step = run["step"]
-            if rank == 0 and (step % config.eval_interval == 0 or step >= config.max_iters) and (
-                    not run["losses"] or run["losses"][-1][0] != step):
-                evaluate()
-                save()
-            if step >= config.max_iters:
-                break
-            if any_process(asked):
-                save()
+            step, stop = run["step"], torch.tensor(len(asked))
+            if world > 1:
+                dist.all_reduce(stop)  # all leave the loop at the same step
+            done = step >= config.max_iters
+            due = (step % config.eval_interval == 0 or done) and (not run["losses"] or run["losses"][-1][0] != step)
+            if due and rank == 0:
+                losses = estimate_loss(forward, splits, config)
+                if not math.isfinite(losses["train"] + losses["val"]):
+                    raise ValueError(f"the loss is {losses['val']} at step {step}: lower --learning_rate")
+                run["losses"].append((step, losses["train"], losses["val"]))
+                if losses["val"] < run["best"]["loss"]:
+                    run["best"] = {"loss": losses["val"],
+                                   "model": {k: v.to("cpu", copy=True) for k, v in model.state_dict().items()}}
+                say(f"step {step:6,d}   train {losses['train']:.4f}   val {losses['val']:.4f}")
+            if (due or stop) and rank == 0:
+                save_checkpoint(config.out, {**run, "model": model.state_dict(),
+                                             "optimizer": [o.state_dict()["state"] for o in optimizers]})
+            if done or stop:
                 break
             loss = training_step(shared, optimizers, splits["train"], config, step)
             run["step"] += 1
             bar.update()
-            if step % 10 == 0 and not bar.disable:
+            if not (step % 10 or bar.disable):
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     if rank == 0:
         report(run, model, tokenizer, config)
@@ -732,27 +691,24 @@ def train(config):
     return model.eval()
 
 
-def any_process(asked):
-    """Whether any process was asked to stop: all must leave the loop at the same step."""
-    if rank_and_world()[1] == 1:
-        return bool(asked)
-    flag = torch.tensor(len(asked))
-    dist.all_reduce(flag, dist.ReduceOp.MAX)
-    return flag.item() > 0
+def printable(text):
+    """Text as a terminal may see it: control characters, which could move the cursor or worse, become UNK."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else UNK for c in text)
 
 
 def report(run, model, tokenizer, config):
     """What a run came to: losses, their curve, memory, a sample, and how to go on."""
     (step, train_loss, val_loss), curve = run["losses"][-1], [row[2] for row in run["losses"]]
-    print(f"losses  train {train_loss:.4f}, val {val_loss:.4f} at step {step:,}; best val {min(curve):.4f}   {sparkline(curve)}")
+    spark = "".join("▁▂▃▄▅▆▇█"[round(7 * (v - min(curve)) / (max(curve) - min(curve) or 1))] for v in curve)
+    print(f"losses  train {train_loss:.4f}, val {val_loss:.4f} at step {step:,}; best val {min(curve):.4f}   {spark}")
     if config.device.startswith("cuda"):
         print(f"memory  {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU at the most")
     if run["step"] < config.max_iters:
         print(f"stopped at step {run['step']:,} of {config.max_iters:,}; the same command carries on")
-        return
-    start = torch.tensor([[tokenizer.end]], device=config.device)
-    print(printable(tokenizer.decode(model.eval().generate(start, 500, 0.8)[0, 1:].tolist())))
-    print(f"\nsaved   {config.out}; talk to it: python chat.py --model {shlex.quote(config.out)}")
+    else:
+        index = torch.tensor([[tokenizer.end]], device=config.device)
+        print(printable(tokenizer.decode(model.eval().generate(index, 500, 0.8)[0, 1:].tolist())))
+        print(f"\nsaved   {config.out}; talk to it: python chat.py --model {shlex.quote(config.out)}")
 
 
 def tune(config, fixed=()):
@@ -761,103 +717,94 @@ def tune(config, fixed=()):
     Settings named in fixed stay as they are. Efficiency testing: time the parts, then change what takes longest.
     """
     splits, tokenizer = load_data(config)
-    total, rows = config.batch_size * config.grad_accum, []
-    print(f"{'batch_size':>10} {'grad_accum':>10} {'dtype':>9} {'compile':>8} {'chars/s':>10}   ms: batch forward backward update")
+    total, steps, best = config.batch_size * config.grad_accum, 5, (0, config)
+    print("batch_size grad_accum     dtype compile     chars/s   ms:   batch  forward backward   update")
     for share, dtype, fuse in itertools.product((1, 2, 4), ("float32", "bfloat16"), (False, True)):
         if total % share or "dtype" in fixed and dtype != config.dtype or "compile" in fixed and fuse != config.compile:
             continue
         trial = replace(config, batch_size=total // share, grad_accum=share, dtype=dtype, compile=fuse)
-        line = f"{total // share:10} {share:10} {dtype:>9} {str(fuse):>8} "
-        torch.compiler.reset()
-        torch.manual_seed(config.seed)
+        spent, clock = dict.fromkeys(("batch", "forward", "backward", "update"), 0.0), [0.0]
+
+        def lap(part):
+            if trial.device.startswith("cuda"):
+                torch.cuda.synchronize()  # the GPU works on while Python goes ahead
+            now = time.perf_counter()
+            spent[part], clock[0] = spent[part] + now - clock[0], now
+
         try:
-            model = GPT(trial, tokenizer.vocab_size).to(trial.device)
-            optimizers = make_optimizers(model, trial)
-            forward = compiled(model, splits["train"], trial)
+            torch.compiler.reset()
+            torch.manual_seed(trial.seed)
+            model = GPT(trial, tokenizer.vocab_size).to(find_device(trial.device))
+            optimizers, forward = make_optimizers(model, trial), compiled(model, splits["train"], trial)
             if fuse and forward is model:
                 continue
-            parts = {}
-
-            def lap(part):
-                if trial.device.startswith("cuda"):
-                    torch.cuda.synchronize()
-                now = time.perf_counter()
-                parts[part] = parts.get(part, 0.0) + now - lap.last
-                lap.last = now
-
-            for step in range(8):
-                if step == 3:  # the first steps warm up
-                    parts.clear()
-                lap.last = time.perf_counter()
-                training_step(forward, optimizers, splits["train"], trial, step, lap)
-            rate = 5 * total * config.block_size / sum(parts.values())
-            rows.append((rate, trial))
-            print(f"{line}{rate:10,.0f}       " + " ".join(f"{1000 * s / 5:8.1f}" for s in parts.values()))
+            for step in range(-3, steps):  # the first three warm up
+                spent = spent if step else dict.fromkeys(spent, 0.0)
+                clock[0] = time.perf_counter()
+                training_step(forward, optimizers, splits["train"], trial, step + 3, lap)
+            rate = steps * total * config.block_size / sum(spent.values())
+            best = max(best, (rate, trial), key=lambda row: row[0])
+            result = f"{rate:11,.0f}      " + "".join(f"{1000 * seconds / steps:9.1f}" for seconds in spent.values())
         except torch.OutOfMemoryError:
-            print(line + "out of memory")
-    if rows:
-        print("\nfastest: " + command(max(rows, key=lambda row: row[0])[1]))
+            result = "out of memory"
+        print(f"{trial.batch_size:10} {share:10} {dtype:>9} {str(fuse):>7} {result}")
+    print(f"\nfastest: {command(best[1])}")
 
 
 # ------------------------------------------------------------------------------------------------------- command line
 
-class Parser(argparse.ArgumentParser):
-    """One line for a mistake, instead of the usage text."""
-
-    def error(self, message):
-        raise ValueError(message.removeprefix("argument "))
-
-
-def config_from(flags):
-    """Settings in order of precedence: flags, then the checkpoint to carry on or to start from, then the device."""
-    out = flags.get("out") or default_out(flags.get("data", ""))
-    saved = {}
-    if os.path.exists(out):
-        saved = {k: v for k, v in load_checkpoint(out)["config"].items() if k not in ("device", "dtype", "compile", "out")}
-    elif flags.get("init_from"):
-        base = load_checkpoint(flags["init_from"])["config"]
-        saved = {k: base[k] for k in ARCHITECTURE}
-    return Config(**{**device_defaults(flags.get("device", Config.device)), **saved, **flags, "out": out})
-
-
-def one_line(error):
-    """What a user needs to read of an error."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of GPU memory: halve --batch_size and double --grad_accum, or lower --block_size, --n_embd, --n_layer"
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
-
-
-def run_command(work, name):
-    """work() -> exit status; a user's mistake is one line on stderr and status 2."""
+def run_command(name, work):
+    """work() and exit status 0; a user's mistake is one line on stderr and status 2. All three scripts end here."""
     try:
-        if hasattr(sys.stdout, "reconfigure"):  # a terminal without UTF-8 shows "?" and does not stop the run
-            sys.stdout.reconfigure(errors="replace")
-        return work() or 0
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"{name}: {one_line(error)}", file=sys.stderr)
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" and does not stop the run
+        work()
+        return 0
+    except (ValueError, OSError) as error:
+        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
 
 
+class Parser(argparse.ArgumentParser):
+    """Command-line flags without abbreviations; a mistake raises ValueError and prints no usage text."""
+
+    def __init__(self, name, doc, **options):
+        super().__init__(prog=name, description=doc.split("\n")[0], allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise ValueError(message.removeprefix("argument "))
+
+
 def main(argv=None):
     """The command line: trains, or with --tune looks for the fastest settings. Returns the exit status."""
     def work():
-        parser = Parser(prog="gpt.py", description=__doc__.split("\n")[0], allow_abbrev=False,
-                        argument_default=argparse.SUPPRESS)
+        parser = Parser("gpt.py", __doc__, argument_default=argparse.SUPPRESS)
         notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
-        for f in fields(Config):
-            kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
-            parser.add_argument(f"--{f.name}", help=f"{notes[f.name]} ({f.default})", **kind)
+        for field in fields(Config):
+            kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
+            parser.add_argument(f"--{field.name}", help=f"{notes[field.name]} ({field.default})", **kind)
         parser.add_argument("--tune", action="store_true", help="find the fastest settings for this machine")
         flags = vars(parser.parse_args(argv))
-        if flags.pop("tune", False):
-            tune(config_from(flags), flags)
-        else:
-            train(config_from(flags))
-    return run_command(work, "gpt.py")
+        tuning, saved = flags.pop("tune", False), {}
+        out = flags.get("out") or Config(data=flags.get("data", "")).out
+        if os.path.exists(out):
+            saved = {k: v for k, v in load_checkpoint(out)["config"].items() if k not in ("device", "dtype", "compile", "out")}
+        elif flags.get("init_from"):
+            saved = {k: v for k, v in load_checkpoint(flags["init_from"])["config"].items() if k in ARCHITECTURE}
+        # A flag beats the checkpoint, and the checkpoint beats what the device wants.
+        config = Config(**{**device_defaults(flags.get("device", Config.device)), **saved, **flags, "out": out})
+        try:
+            tune(config, flags) if tuning else train(config)
+        except RuntimeError as error:
+            if "memory" not in str(error):
+                raise
+            raise ValueError(f"out of memory on {config.device}: try --batch_size {max(1, config.batch_size // 2)} "
+                             f"--grad_accum {2 * config.grad_accum}, then a smaller block_size, n_embd, n_layer") from None
+
+    return run_command("gpt.py", work)
 
 
 if __name__ == "__main__":

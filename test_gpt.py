@@ -211,7 +211,7 @@ def test_a_short_text_is_memorised():
     text = " ".join(gpt.__doc__.split())[:200]
     tokenizer = CharTokenizer.from_text(text)
     config = tiny(block_size=32, n_embd=64, learning_rate=3e-3, max_iters=300, batch_size=16, warmup_iters=50)
-    data = tokenizer.encode(text)
+    data = np.tile(tokenizer.encode(text), 2)  # so that its end is seen as often as its middle
     torch.manual_seed(0)
     model = gpt.GPT(config, tokenizer.vocab_size)
     optimizers = gpt.make_optimizers(model, config)
@@ -311,7 +311,7 @@ def test_learning_rate_warms_up_and_decays():
     config = tiny(learning_rate=1.0, warmup_iters=10, max_iters=110)
     rates = [gpt.learning_rate(step, config) for step in range(111)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)]) and rates[10] == 1
-    assert all(a > b for a, b in zip(rates[10:], rates[11:])) and rates[-1] <= 0.1
+    assert all(a > b for a, b in zip(rates[10:], rates[11:])) and rates[-1] == pytest.approx(0.1)
 
 
 def test_optimizers_share_out_every_parameter_once():
@@ -411,7 +411,7 @@ def test_interrupted_resumed_and_finished_as_a_process(book):
     stopped = gpt.load_checkpoint("book.pkl")["step"]
     assert 0 < stopped < 1000
     output = subprocess.run(words, capture_output=True, text=True).stdout
-    assert f"resumed at step {stopped}" in output and "step  1,000" in output
+    assert f"at step {stopped}\n" in output and "step  1,000" in output
     for word in ("losses", "▁", "saved   book.pkl", "python chat.py --model book.pkl"):
         assert word in output
     resumed = gpt.load_checkpoint("book.pkl")
@@ -502,7 +502,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(book):
 
 
 def test_two_runs_at_once_and_the_file_always_loads(book):
-    words = [sys.executable, HERE / "gpt.py", *flags(data=book, max_iters=150, eval_interval=1, eval_iters=1)]
+    words = [sys.executable, HERE / "gpt.py", *flags(data=book, max_iters=60, eval_interval=1, eval_iters=1)]
     runs = [subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
     loads = 0
     while any(run.poll() is None for run in runs):
@@ -517,7 +517,7 @@ def bad_input(book):
     """(main, words, what the one line on stderr must name)"""
     for words, culprit in [
             ("--n_embd 0", "n_embd"), ("--n_embd -4", "n_embd"), ("--n_embd 1.5", "n_embd"), ("--n_embd x", "n_embd"), ("--n_embd", "n_embd"),
-            ("--n_embd 10", "n_head"), ("--n_head 3", "n_head"), ("--n_head 0", "n_head"), ("--n_layer -1", "n_layer"), ("--n_layer 100000", "n_layer"),
+            ("--n_embd 15", "n_head"), ("--n_head 3", "n_head"), ("--n_head 0", "n_head"), ("--n_layer -1", "n_layer"), ("--n_layer 100000", "n_layer"),
             ("--batch_size 0", "batch_size"), ("--block_size 0", "block_size"), ("--block_size 5000", "block_size"), ("--grad_accum 0", "grad_accum"),
             ("--max_iters -1", "max_iters"), ("--warmup_iters -1", "warmup_iters"), ("--dropout 1", "dropout"), ("--dropout -0.1", "dropout"),
             ("--dropout nan", "dropout"), ("--learning_rate -1", "learning_rate"), ("--learning_rate nan", "learning_rate"),
@@ -530,7 +530,7 @@ def bad_input(book):
             ("--data short.txt", "short.txt"), ("--data empty.jsonl", "empty.jsonl"), ("--data one.jsonl", "one.jsonl"),
             ("--data bad.jsonl", "line 3"), ("--data wrong.jsonl", "line 2"), ("--data list.jsonl", "line 1"), ("--data empty", "vocab.json"),
             ("--data novocab", "vocab.json"), ("--data noval", "val.bin"), ("--data odd", "train.bin"), ("--data hollow", "train.bin"),
-            ("--data notjson", "vocab.json"), ("--data unsorted", "vocab.json"), ("--data ids", "ids"), ("--learning_rate 10 --grad_clip 0 --n_layer 0", "learning_rate")]:
+            ("--data notjson", "vocab.json"), ("--data unsorted", "vocab.json"), ("--data ids", "ids")]:
         yield gpt.main, [*flags(data=book), *words.split()], culprit
     for words, culprit in [("", "model.pkl"), ("--model nothing.pkl", "nothing.pkl"), ("--model book.txt", "book.txt"), ("--temperature -1", "temperature"),
                            ("--temperature nan", "temperature"), ("--top_k -1", "top_k"), ("--max_new_tokens 0", "max_new_tokens"), ("--seed x", "seed"),
@@ -563,13 +563,29 @@ def test_every_mistake_is_answered_in_one_line(book, capsys):
     assert len(cases) >= 60
     for main, words, culprit in cases:
         status, error = main(words), capsys.readouterr().err
-        assert status == 2 and error.count("\n") == 1 and culprit in error and "Traceback" not in error, (words, status, error)
+        assert status == 2 and error.count("\n") == 1 and culprit in error and "Traceback" not in error, (words[-2:], status, error)
         assert all(p.read_bytes() == content for p, content in before.items()), words
         for path in set(p for p in Path().rglob("*.pkl")) - set(before):
             path.unlink()  # a run that began well and then diverged has saved its first step
     for main, words, culprit in [cases[0], cases[33], cases[41], cases[58], cases[75]]:
         run = script(Path(sys.modules[main.__module__].__file__).name, *words)
         assert run.returncode == 2 and run.stderr.count("\n") == 1 and culprit in run.stderr, run.stderr
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(book, capsys, monkeypatch):
+    gpt.train(tiny(data=book))
+    monkeypatch.setattr(gpt, "estimate_loss", lambda *args: {"train": math.nan, "val": math.nan})
+    assert gpt.main(flags(data=book, max_iters=9)) == 2 and "--learning_rate" in capsys.readouterr().err
+    assert gpt.load_checkpoint("book.pkl")["step"] == 6
+
+
+def test_out_of_memory_names_the_flags_that_would_fit(book, capsys, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory\nand more")
+    monkeypatch.setattr(gpt, "training_step", full)
+    assert gpt.main(flags(data=book, batch_size=64)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--batch_size 32 --grad_accum 2" in error
 
 
 def test_a_flag_that_contradicts_the_checkpoint_is_refused(book, capsys):
@@ -585,3 +601,311 @@ def test_a_flag_that_contradicts_the_checkpoint_is_refused(book, capsys):
         assert str(TINY.get(name, "")) in error and "--out book-2.pkl" in error and Path("book.pkl").read_bytes() == before
     assert gpt.main(["--data", book, "--device", "cpu", "--max_iters", "7"]) == 0  # what is not said comes from the checkpoint
     assert gpt.load_checkpoint("book.pkl")["step"] == 7 and gpt.load_checkpoint("book.pkl")["config"]["n_embd"] == 16
+
+
+# --------------------------------------------------------------------------------------------------------------- chat
+
+@pytest.fixture
+def model_file(book):
+    gpt.train(tiny(data=book, out="model.pkl"))
+    return "model.pkl"
+
+
+def test_chat_answers_once(model_file, capsys):
+    words, outputs = ["--prompt", "the c", "--max_new_tokens", "40", "--stats"], []
+    for seed in ("1", "1", "2"):
+        assert chat.main([*words, "--seed", seed]) == 0
+        output = capsys.readouterr()
+        assert output.out.startswith("the c") and len(output.out) == 5 + 40 + 1 and "40 characters" in output.err
+        outputs.append(output.out)
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert chat.main(["--prompt", "", "--max_new_tokens", "5"]) == 0 and len(capsys.readouterr().out) == 6
+
+
+def test_chat_in_a_pipe_prints_the_text_and_nothing_else(model_file):
+    run = script("chat.py", "--seed", 1, "--max_new_tokens", 20, input="the \ncat\n/help\n")
+    once = script("chat.py", "--seed", 1, "--max_new_tokens", 20, "--prompt", "the ").stdout
+    assert run.returncode == 0 and run.stdout.startswith(once) and run.stdout[len(once) :].startswith("cat")
+    assert len(run.stdout) == len("the cat") + 2 * 21 and "/quit" in run.stderr
+
+
+def test_chat_keeps_the_conversation_until_cleared(model_file):
+    talk = chat.Chat(*gpt.load_model(model_file), max_new_tokens=3)
+    first = "".join(talk.answer("the"))
+    "".join(talk.answer("cat"))
+    text = talk.tokenizer.decode(talk.context)
+    assert text[:9].replace(END, "\n") == "the" + first + "cat" and len(text) == 12
+
+
+def test_control_characters_never_reach_the_terminal():
+    assert gpt.printable("a\x1b[2J\r\x00\x9b\u202e\n\tb é日😀") == f"a{UNK}[2J{UNK * 4}\n\tb é日😀"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_chat_in_a_terminal(model_file):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ["TERM"] = "dumb"
+        os.execv(sys.executable, [sys.executable, str(HERE / "chat.py"), "--max_new_tokens", "1000000000", "--seed", "1"])
+
+    def read_until(text, seconds=60):
+        seen, end = "", time.time() + seconds
+        while text not in seen and time.time() < end:
+            if select.select([terminal], [], [], 0.1)[0]:
+                seen += os.read(terminal, 10000).decode("utf-8", "replace")
+        assert text in seen, seen[-300:]
+        return seen
+    read_until("> ")
+    os.write(terminal, "the é\n".encode())
+    read_until("1 characters that the model has never seen")
+    time.sleep(0.5)
+    os.write(terminal, b"\x03")  # Ctrl-C stops the answer ...
+    read_until("\n> ")
+    os.write(terminal, b"/clear\n")
+    read_until("> ")
+    os.write(terminal, b"\x04")  # ... Ctrl-D the program
+    end = time.time() + 20
+    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0) and time.time() < end:
+        if select.select([terminal], [], [], 0.1)[0]:
+            try:
+                os.read(terminal, 1000)
+            except OSError:
+                pass
+    os.close(terminal)
+    assert ended == (pid, 0)
+
+
+# --------------------------------------------------------------------------------------------- fine-tuning, quantizing
+
+def write_pairs(pairs, path="pairs.jsonl"):
+    Path(path).write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs), encoding="utf-8")
+
+
+def test_pairs_become_prompt_line_completion_end():
+    write_pairs([("a", "b"), ("c\x03", "d\r\ne")] * 5)
+    splits, tokenizer = gpt.load_data(tiny(data="pairs.jsonl", block_size=3))
+    assert tokenizer.decode(splits["train"]) == f"a\nb{END}c{UNK}\nd\ne{END}" * 4 + f"a\nb{END}"
+    assert tokenizer.decode(splits["val"]) == f"c{UNK}\nd\ne{END}"
+    splits, _ = gpt.load_data(tiny(data="pairs.jsonl", block_size=50))  # repeated until a block fits
+    assert len(splits["val"]) > 50 and tokenizer.decode(splits["val"]).startswith(f"c{UNK}\nd\ne{END}c")
+
+
+def test_fine_tuning_answers_prompts_and_stops_at_end(book, capsys):
+    gpt.train(tiny(data=book, out="base.pkl", n_embd=32, block_size=24))
+    pairs = [("the cat", "sat"), ("a dog", "ran"), ("on a mat", "the dog"), ("é", "cat")]  # "é" is not in the base
+    write_pairs(pairs * 5)
+    words = ["--init_from", "base.pkl", "--data", "pairs.jsonl", "--device", "cpu", "--max_iters", "300", "--learning_rate", "5e-3",
+             "--dropout", "0", "--batch_size", "16"]
+    base = gpt.load_checkpoint("base.pkl")
+    assert gpt.main([*words, "--n_layer", "1"]) == 2 and "n_layer 2, not 1" in capsys.readouterr().err
+    assert gpt.main(words) == 0 and "unknown" in capsys.readouterr().out
+    tuned = gpt.load_checkpoint("pairs.pkl")
+    assert tuned["chars"] == base["chars"] and tuned["config"]["n_embd"] == 32
+    model, tokenizer, config = gpt.load_model("pairs.pkl")
+    assert config.answers_prompts and same(dict(model.state_dict()), tuned["model"])
+    talk = chat.Chat(model, tokenizer, config, temperature=0, max_new_tokens=50)
+    for prompt, completion in pairs * 2:  # over several turns
+        assert "".join(talk.answer(prompt)) == completion
+    text = tokenizer.decode(talk.context)
+    assert text.startswith(f"{END}the cat\nsat{END}a dog\nran{END}") and text.endswith(END)
+    run = script("chat.py", "--model", "pairs.pkl", "--temperature", 0, input="a dog\nthe cat\n")
+    assert run.stdout == "ran\nsat\n"
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_int8_is_close_to_float32_and_a_quarter_of_its_size(book, monkeypatch, fast):
+    config = tiny(data=book, n_embd=64, n_head=4, max_iters=60, eval_interval=60, learning_rate=3e-3)
+    model, (splits, tokenizer) = gpt.train(config), gpt.load_data(config)
+    x, y = gpt.get_batch(splits["val"], config)
+    (logits, loss), before, (single,) = model(x, y), chat.size(model), [p for n, p in model.named_parameters() if n == "head.weight"]
+    if not fast:
+        monkeypatch.delattr(torch, "_weight_int8pack_mm")
+    model = chat.quantize(model)
+    assert not any(isinstance(m, torch.nn.Linear) for m in model.modules()) and chat.size(model) < 0.3 * before
+    with torch.no_grad():
+        quantized, quantized_loss = model(x, y)
+    assert (quantized - logits).abs().max() < 0.1 * logits.abs().max() and abs(quantized_loss - loss) < 0.01
+    assert model.generate(x[:1], 20).shape == (1, 28)
+
+
+def test_the_slow_int8_product_equals_the_fast_one(monkeypatch):
+    linear, x = chat.Int8Linear(torch.nn.Linear(64, 32).bfloat16()), torch.randn(2, 3, 64).bfloat16()
+    fast = linear(x)
+    monkeypatch.delattr(torch, "_weight_int8pack_mm")
+    assert fast.shape == (2, 3, 32) and torch.allclose(fast.float(), linear(x).float(), atol=0.02, rtol=0.02)
+
+
+# ------------------------------------------------------------------------------------------------------------ prepare
+
+DOCUMENTS = ["one\r\ntwo", "日本語 😀 e\u0301", b"bad \xff\xe2\x82 end", "with \x03 inside", "\ufeffmark", "x" * 3000, ""] + [f"document {i}" for i in range(13)]
+CLEANED = ["one\ntwo", "日本語 😀 e\u0301", f"bad {UNK}{UNK} end", f"with {UNK} inside", "mark", "x" * 3000] + [f"document {i}" for i in range(13)]
+
+
+def tar(files, path=None, **options):
+    """A tar as bytes; files: [(name, bytes or TarInfo type)]."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", **options) as archive:
+        for name, content in files:
+            info = tarfile.TarInfo(name)
+            content = content.encode() if isinstance(content, str) else content
+            if isinstance(content, bytes) and len(content) == 1 and content in b"12345":
+                info.type, info.linkname, content = content, "/etc/passwd", b""
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    if path:
+        Path(path).write_bytes(buffer.getvalue())
+    return buffer.getvalue()
+
+
+def owt(documents=DOCUMENTS, per_shard=7):
+    """OpenWebText's shape: [(name of a shard, xz of a tar of documents)]."""
+    groups = [documents[i : i + per_shard] for i in range(0, len(documents), per_shard)]
+    return [(f"openwebtext/subset-{k}_data.xz", lzma.compress(tar([(f"{i}.txt", d) for i, d in enumerate(group)])))
+            for k, group in enumerate(groups)]
+
+
+def prepared(*words, out="out"):
+    """Prepares, then returns the documents of both splits and corpus.json."""
+    assert prepare_owt.main([*map(str, words), "--out", out]) == 0
+    splits, tokenizer = gpt.read_folder(Path(out))
+    texts = {name: tokenizer.decode(ids) for name, ids in splits.items()}
+    assert all(text.endswith(END) for text in texts.values())
+    return [text[:-1].split(END) for text in texts.values()], json.loads(Path(out, "corpus.json").read_text())
+
+
+def test_constants_are_those_of_gpt():
+    assert (prepare_owt.END, prepare_owt.UNK) == (END, UNK)
+
+
+def test_every_kind_of_source_comes_back_character_for_character():
+    shards = owt()
+    tar(shards, "a.tar")
+    Path("b.tar.xz").write_bytes(lzma.compress(Path("a.tar").read_bytes()))
+    Path("c").mkdir()
+    for name, content in shards:
+        Path("c", Path(name).name).write_bytes(content)
+    tar([(f"{i}.txt", d) for i, d in enumerate(DOCUMENTS)], "d.tar")
+    for source in ("a.tar", "b.tar.xz", "c", "d.tar"):
+        (train, val), corpus = prepared(source)
+        assert train + val == CLEANED and len(train) == int(0.9 * len(CLEANED)), source
+        assert corpus["documents"] == len(CLEANED) and corpus["characters"] == sum(map(len, CLEANED))
+    Path("e_data.xz").write_bytes(lzma.compress("plain\r\ntext".encode()) + lzma.compress(b" goes on"))
+    Path("f.txt").write_bytes("\ufeffa text\r\n".encode() + b"\xff")
+    (train, val), _ = prepared("a.tar", "e_data.xz", "f.txt", "c")
+    assert train + val == CLEANED + ["plain\ntext goes on", "a text\n" + UNK] + CLEANED
+
+
+def test_prepared_texts_of_random_characters_come_back():
+    rng = random.Random(7)
+    documents = ["".join(chr(rng.choice([rng.randrange(32, 127), rng.randrange(0x4000), rng.randrange(0xE000, 0x110000)]))
+                         for _ in range(rng.randrange(1, 4000))).replace("\r\n", "") for _ in range(30)]
+    tar(owt(documents, 3), "a.tar")
+    (train, val), _ = prepared("a.tar")
+    assert train + val == [d.replace(END, UNK).removeprefix("\ufeff") for d in documents]
+
+
+def test_a_long_text_streams_and_is_cut_by_position():
+    text = "0123456789\r\n" * 400_000  # read in several pieces, some of which end between \r and \n
+    Path("long.txt").write_text(text, encoding="utf-8", newline="")
+    prepare_owt.main(["long.txt", "--out", "out"])
+    splits, tokenizer = gpt.read_folder(Path("out"))
+    cleaned = text.replace("\r\n", "\n")
+    assert tokenizer.decode(splits["train"]) == cleaned[: int(0.9 * len(cleaned))]
+    assert tokenizer.decode(splits["val"]) == cleaned[int(0.9 * len(cleaned)) :] + END
+
+
+def test_the_result_does_not_depend_on_the_number_of_workers():
+    tar(owt(DOCUMENTS * 9, 5), "a.tar")
+    results = []
+    for workers in (1, 2, 5):
+        prepared("a.tar", "--workers", workers)
+        results.append({p.name: p.read_bytes() for p in Path("out").iterdir()})
+    assert results[0] == results[1] == results[2] and results[0].keys() == {"train.bin", "val.bin", "vocab.json", "corpus.json"}
+
+
+def test_sample_and_min_count_and_val_fraction():
+    documents = [f"number {i} \u2603" for i in range(40)] + ["rare é"]
+    tar(owt(documents, 1), "a.tar")
+    (train, val), _ = prepared("a.tar", "--sample", 0.25, "--seed", 3)
+    assert 10 <= len(train + val) <= 11 and set(train + val) < set(documents)
+    assert [train, val] == prepared("a.tar", "--sample", 0.25, "--seed", 3)[0] != prepared("a.tar", "--sample", 0.25, "--seed", 5)[0]
+    (train, val), corpus = prepared("a.tar", "--min_count", 2, "--val_fraction", 0.5)
+    assert len(train) == 20 and val[-1] == f"r{UNK}re {UNK}" and corpus["unknown"] == 2
+
+
+def test_too_many_characters_for_16_bits(capsys):
+    many = [chr(c) for c in range(0x10000, 0x10000 + 70_000)]
+    Path("many.txt").write_text("".join(many), encoding="utf-8")
+    assert prepare_owt.main(["many.txt", "--out", "out"]) == 2 and "one shard" in capsys.readouterr().err
+    tar(owt(["".join(many[i::2]) for i in range(2)], 1), "a.tar")
+    assert prepare_owt.main(["a.tar", "--out", "out"]) == 2 and "--min_count" in capsys.readouterr().err
+    assert not Path("out").exists() and not Path("out.tmp").exists()
+
+
+def test_hostile_archives_write_nothing_elsewhere():
+    hostile = [("/abs.txt", "absolute"), ("../up.txt", "parent"), ("link.txt", b"1"), ("soft.txt", b"2"), ("char.txt", b"3"), ("block.txt", b"4"),
+               ("folder.txt", b"5"), ("empty.txt", b""), ("x" * 300 + ".txt", "long name"), ("last.txt", "last")]
+    for options in (dict(format=tarfile.GNU_FORMAT), dict(format=tarfile.PAX_FORMAT)):
+        tar([("../../evil_data.xz", lzma.compress(tar(hostile, **options))), ("/dev/null", b"3"), ("notes.md", "not a text")], "a.tar")
+        before = {str(p) for p in Path().rglob("*")} | {str(p) for p in Path("..").glob("*")}
+        (train, val), _ = prepared("a.tar")
+        after = {str(p) for p in Path().rglob("*")} | {str(p) for p in Path("..").glob("*")}
+        assert train + val == ["absolute", "parent", "long name", "last"]
+        assert {p for p in after - before if not p.startswith("out")} == set()
+
+
+def test_truncation_anywhere_is_an_error_and_an_old_folder_stays(capsys):
+    whole = tar(owt(), "good.tar")
+    prepared("good.tar")
+    before = {p.name: p.read_bytes() for p in Path("out").iterdir()}
+    used = len(whole.rstrip(b"\0"))
+    shard, compressed = owt()[0][1], lzma.compress(whole)
+    cuts = [("cut.tar", whole[:n]) for n in (0, 100, 512, 700, used // 2, used - 1, (used + 511) // 512 * 512)]
+    cuts += [("cut_data.xz", shard[:n]) for n in (10, len(shard) // 2, len(shard) - 1)] + [("cut.tar.xz", compressed[:n]) for n in (20, len(compressed) // 2, len(compressed) - 1)]
+    damaged = bytearray(whole)
+    damaged[512 + len(shard) // 2] ^= 255
+    damaged_header = whole[:512] + tar(owt())[512 : 512 + (len(shard) + 511) // 512 * 512] + b"?" + whole[513 + (len(shard) + 511) // 512 * 512 :]
+    for name, content in [*cuts, ("flipped.tar", bytes(damaged)), ("header.tar", damaged_header)]:
+        Path(name).write_bytes(content)
+        assert prepare_owt.main([name, "--out", "out"]) == 2, (name, len(content))
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and name in error
+        assert {p.name: p.read_bytes() for p in Path("out").iterdir()} == before and not Path("out.tmp").exists()
+
+
+def test_killed_preparation_leaves_nothing_that_gpt_accepts(capsys):
+    tar(owt([t * 2000 for t in CLEANED] * 20, 3), "a.tar")
+    process = subprocess.Popen([sys.executable, HERE / "prepare_owt.py", "a.tar", "--out", "out"])
+    while not Path("out.tmp/train.bin").exists():
+        time.sleep(0.001)
+    time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not Path("out").exists()
+    assert gpt.main(["--data", "out.tmp"]) == 2 and "vocab.json is missing" in capsys.readouterr().err
+    prepared("a.tar")
+    assert not Path("out.tmp").exists()
+
+
+def test_a_prepared_folder_trains():
+    tar(owt(CLEANED * 5), "a.tar")
+    prepared("a.tar")
+    assert gpt.main(flags(data="out")) == 0 and gpt.load_checkpoint("out.pkl")["step"] == 6
+
+
+# -------------------------------------------------------------------------------------------------------------- README
+
+def test_readme_lists_every_flag_and_every_lesson_has_its_home():
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    for field in gpt.fields(Config):
+        assert f"| `--{field.name}` |" in readme, field.name
+    homes = re.findall(r"^\| .+ \| ((?:`[^`]+`(?:, )?)+) \|$", readme.partition("## The course")[2].partition("\n## ")[0], re.MULTILINE)
+    assert len(homes) >= 25
+    for home in homes:
+        for name in re.findall(r"`([^`]+)`", home):
+            file, _, path = name.rpartition(":")
+            target = {"": gpt, "chat.py": chat, "prepare_owt.py": prepare_owt}[file]
+            for part in path.split("."):
+                target = getattr(target, part)
+    for test in re.findall(r"`(test_\w+)`", readme):
+        assert test == "test_gpt" or callable(globals()[test]), test
