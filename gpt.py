@@ -15,8 +15,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large memory pages on Linux: faster on a CPU; read as torch loads
-
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -238,15 +236,15 @@ class Cache:
     """Keys and values of the characters read so far, so that a new character costs one position and not T."""
 
     def __init__(self, config, batch_size, like):
-        self.kv = like.new_empty(config.n_layer, 2, batch_size, config.n_head, config.block_size,
-                                 config.n_embd // config.n_head)
+        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.layers = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(config.n_layer)]
         self.position = 0  # how many characters are in
 
-    def extend(self, layer, kv):
-        """Keeps the new characters' keys and values, (2, B, H, T, D); returns those of all characters up to now."""
-        end = self.position + kv.shape[3]
-        self.kv[layer, :, :, :, self.position : end] = kv
-        return self.kv[layer, :, :, :, :end]
+    def extend(self, layer, k, v):
+        """Keeps k and v (B, H, T, D) of the new characters; returns those of all characters up to now."""
+        for kept, new in zip(self.layers[layer], (k, v)):
+            kept[:, :, self.position : self.position + new.shape[2]] = new
+        return (kept[:, :, : self.position + k.shape[2]] for kept in self.layers[layer])
 
 
 class Head(nn.Module):
@@ -285,8 +283,10 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, x, cache=None, layer=0):
         B, T, C = x.shape
-        q, *kv = qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        k, v = cache.extend(layer, qkv[1:]) if cache else kv
+        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # each (B, T, C) -> (B, H, T, D)
+                   for part in self.qkv(x).chunk(3, dim=-1))
+        if cache:
+            k, v = cache.extend(layer, k, v)
         heads = self.head(q, k, v).transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C): heads side by side
         return self.dropout(self.proj(heads))
 
@@ -301,6 +301,10 @@ class FeedForward(nn.Sequential):
     def __init__(self, config):
         super().__init__(nn.Linear(config.n_embd, 4 * config.n_embd), nn.ReLU(inplace=True),
                          nn.Linear(4 * config.n_embd, config.n_embd), nn.Dropout(config.dropout))
+
+    def forward(self, x):
+        # As rows of a matrix: nn.Linear would make views of anything else, and ReLU in place on a view costs a copy.
+        return super().forward(x.flatten(0, -2)).view_as(x)
 
 
 class Block(nn.Module):
