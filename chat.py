@@ -73,7 +73,7 @@ class Chat:
         """
         ids = self.tokenizer.encode(prompt + "\n" * self.answers).tolist()
         if unknown := sum(i == self.tokenizer.unk for i in ids):
-            print(f"({unknown} characters that the model has never seen)", file=sys.stderr)
+            print(f"(characters that the model has never seen: {unknown})", file=sys.stderr)
         if self.answers and self.context[-1:] != [self.tokenizer.end]:
             self.context.append(self.tokenizer.end)
         self.context += ids

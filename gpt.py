@@ -34,7 +34,7 @@ class Config:
     batch_size: int = 32          # texts per micro-batch: B
     block_size: int = 128         # characters of context: T
     grad_accum: int = 1           # micro-batches per step, over all processes
-    max_iters: int = 1000         # steps in all
+    max_iters: int = 900          # steps in all
     n_embd: int = 128             # numbers that describe a character: C
     n_head: int = 4               # attention heads: H
     n_layer: int = 4              # blocks; 0 is the simplest language model, without attention
@@ -44,8 +44,8 @@ class Config:
     weight_decay: float = 0.02    # pull of the weight matrices towards 0
     warmup_iters: int = 100       # steps over which the learning rate climbs to its peak
     grad_clip: float = 1.0        # longest gradient allowed; 0 is no limit
-    eval_interval: int = 250      # steps between two evaluations, each of which saves
-    eval_iters: int = 20          # batches per evaluation and split
+    eval_interval: int = 150      # steps between two evaluations, each of which saves
+    eval_iters: int = 10          # batches per evaluation and split
     seed: int = 1337              # same seed, corpus and settings: same model
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or mps
     dtype: str = "float32"        # of the matrix products: float32 or bfloat16
@@ -85,7 +85,7 @@ def device_defaults(device):
         return {}
     in_hardware = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return dict(batch_size=64, block_size=256, max_iters=5000, n_embd=384, n_head=8, n_layer=8, dropout=0.2,
-                learning_rate=1e-3, warmup_iters=200, eval_interval=500, compile=True,
+                learning_rate=1e-3, warmup_iters=200, eval_interval=500, eval_iters=20, compile=True,
                 dtype="bfloat16" if in_hardware else "float32")
 
 
@@ -483,6 +483,8 @@ def load_model(path, device="cpu"):
 def find_device(name):
     """torch.device(name), or ValueError if there is none. A GPU does the many sums of a matrix product side by side."""
     try:
+        if not name.startswith(("cpu", "cuda", "mps")):
+            raise RuntimeError("choose cpu, cuda or mps")
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}") from None
@@ -656,9 +658,10 @@ def train(config):
     say = tqdm.write if rank == 0 else lambda line: None  # prints above the progress bar
     say(f"device  {torch.cuda.get_device_name() if device.type == 'cuda' else device}, {config.dtype}, "
         f"{'uncompiled' if forward is model else 'compiled'}, {world} process{'es' * (world > 1)}")
-    unknown = np.mean(splits["val"] == tokenizer.unk)
+    unknown = np.mean(np.concatenate([ids[: 2**22] for ids in splits.values()]) == tokenizer.unk)
     say(f"corpus  {config.data or 'the Python documentation'}: {len(splits['train']):,} characters to train on, "
-        f"{len(splits['val']):,} to validate ({unknown:.2%} unknown), vocabulary {tokenizer.vocab_size:,}")
+        f"{len(splits['val']):,} to validate" + f", {unknown:.2%} of them unknown" * bool(unknown)
+        + f", vocabulary {tokenizer.vocab_size:,}")
     say(f"model   {sum(p.numel() for p in model.parameters()):,} parameters, {config.out}, at step {run['step']:,}")
     chars = config.batch_size * config.grad_accum * config.block_size
     bar = tqdm(total=config.max_iters, initial=run["step"], unit="char", unit_scale=chars, disable=rank > 0 or None)
@@ -766,7 +769,8 @@ def run_command(name, work):
         return 0
     except (ValueError, OSError) as error:
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one is enough
+            print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
