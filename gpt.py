@@ -242,9 +242,11 @@ class Cache:
 
     def extend(self, layer, k, v):
         """Keeps k and v (B, H, T, D) of the new characters; returns those of all characters up to now."""
-        for kept, new in zip(self.layers[layer], (k, v)):
-            kept[:, :, self.position : self.position + new.shape[2]] = new
-        return (kept[:, :, : self.position + k.shape[2]] for kept in self.layers[layer])
+        keys, values = self.layers[layer]
+        start, count = self.position, k.shape[2]
+        keys.narrow(2, start, count).copy_(k)  # narrow(2, ...) is [:, :, start : start + count], in less time
+        values.narrow(2, start, count).copy_(v)
+        return keys.narrow(2, 0, start + count), values.narrow(2, 0, start + count)
 
 
 class Head(nn.Module):
@@ -351,7 +353,7 @@ class GPT(nn.Module):
         start, T = cache.position if cache else 0, index.shape[1]
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} characters do not fit the context: block_size is {self.config.block_size}")
-        x = self.tokens(index) + self.positions(torch.arange(start, start + T, device=index.device))  # (B, T, C)
+        x = self.tokens(index) + self.positions.weight[start : start + T]  # (B, T, C): the rows for start, start + 1, ...
         for layer, block in enumerate(self.blocks):
             x = block(x, cache, layer)
         if cache:
@@ -359,7 +361,6 @@ class GPT(nn.Module):
         logits = self.head(self.norm(x))
         return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    @torch.no_grad()
     def stream(self, index, max_new_tokens, temperature=1.0, top_k=None):
         """Continues index, int64 (B, T) with T >= 1, and yields one new character at a time, (B, 1).
 
@@ -369,19 +370,20 @@ class GPT(nn.Module):
         """
         if not (index.shape[1] and temperature >= 0 and (top_k is None or top_k >= 1)):
             raise ValueError("generation needs a first character, temperature >= 0 and top_k >= 1 or None")
-        block_size = self.config.block_size
+        block_size, unread = self.config.block_size, index
         cache = Cache(self.config, len(index), self.tokens.weight)
-        unread = index = index[:, -block_size:]
         for _ in range(max_new_tokens):
-            if cache.position + unread.shape[1] > block_size:
-                cache.position, unread = 0, index[:, -max(1, block_size // 2) :]
-            logits = self(unread, cache=cache)[0][:, -1].float()  # (B, V): only the last position's guess is new
-            if top_k is not None:
-                best = logits.topk(min(top_k, logits.shape[1]))
-                logits = torch.full_like(logits, -math.inf).scatter(1, best.indices, best.values)
-            unread = torch.multinomial(F.softmax(logits / max(temperature, 1e-6), dim=-1), 1)  # draw, do not just take
-            index = torch.cat((index, unread), dim=1)[:, -block_size:]
-            yield unread
+            with torch.inference_mode():  # like no_grad, and no bookkeeping at all
+                if cache.position + unread.shape[1] > block_size:
+                    cache.position, unread = 0, index[:, -(block_size if unread is index else max(1, block_size // 2)) :]
+                logits = self(unread, cache=cache)[0][:, -1].float()  # (B, V): only the last position's guess is new
+                if top_k is not None:
+                    best = logits.topk(min(top_k, logits.shape[1]))
+                    logits = torch.full_like(logits, -math.inf).scatter(1, best.indices, best.values)
+                shares = F.softmax(logits / max(temperature, 1e-6), dim=-1)
+                unread = torch.multinomial(shares, 1)  # draw, do not just take the likeliest
+                index = torch.cat((index, unread), dim=1)[:, -block_size:]
+            yield unread.clone()
 
     def generate(self, index, max_new_tokens, temperature=1.0, top_k=None):
         """index (B, T) and its continuation, (B, T + max_new_tokens). See stream."""

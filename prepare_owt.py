@@ -10,7 +10,7 @@ others run meanwhile), and its characters go to one file as 16-bit ids, in a num
 characters are known, the ids are renumbered in place and the file is cut in two. Nothing is unpacked to disk, and no name
 in an archive becomes a file's.
 """
-import argparse, io, json, lzma, os, random, shlex, shutil, sys, tarfile
+import argparse, io, json, lzma, os, random, shlex, shutil, sys
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,15 +41,19 @@ def members(file, name):
     """Yields (name, bytes) of each regular file in an open tar, front to back. ValueError if it is damaged or cut off."""
     try:
         while (block := file.read(512)) != bytes(512):  # a tar ends with zeros
-            info = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
-            data = file.read(-(-info.size // 512) * 512) if 0 <= info.size <= LARGEST else b""
-            if not len(data) >= info.size >= 0:
-                raise EOFError(f"it ends inside {info.name}, or that is too large")
-            if info.type in (tarfile.REGTYPE, tarfile.AREGTYPE):  # folders, links and devices hold no text
-                yield info.name, data[: info.size]
+            # What tarfile does, some five times faster: a header is 512 bytes with a name, a size and a sum in octal.
+            member, size, total = block[:100].rstrip(b"\0").decode("utf-8", "replace"), *(
+                int(block[i:j].strip(b" \0") or b"0", 8) for i, j in ((124, 136), (148, 156)))
+            if total != sum(block) - sum(block[148:156]) + 8 * 32 or not 0 <= size <= LARGEST:
+                raise EOFError("not the header of a tar")
+            data = file.read(-(-size // 512) * 512)
+            if len(data) < size:
+                raise EOFError(f"it ends inside {member}")
+            if block[156:157] in b"0\0":  # folders, links and devices hold no text
+                yield member, data[:size]
         while file.read(2**20):  # an .xz knows only at its very end whether it is whole
             pass
-    except (tarfile.HeaderError, lzma.LZMAError, EOFError) as error:
+    except (lzma.LZMAError, EOFError, ValueError) as error:
         raise ValueError(f"{name}: corrupt: {error}") from None
 
 
@@ -79,23 +83,25 @@ def shards(path):
 
 
 def encode(name, data):
-    """A shard -> (ids in the order in which its characters first appear, their code points, how often each occurs)."""
+    """A shard -> (ids, in pieces, numbered as its characters first appear; their code points; how often each occurs)."""
     if isinstance(data, bytes):
         data = unpack(data, name)
         is_tar = data[257:262] == b"ustar" or not data.strip(b"\0")
         data = decode([d for _, d in members(io.BytesIO(data), name)] if is_tar else [data])
     new = 2**16 - 1
-    table, codes, pieces = np.full(sys.maxunicode + 1, new, "<u2"), [], [np.zeros(0, "<u2")]
+    table, codes, pieces = np.full(sys.maxunicode + 1, new, "<u2"), [], []
     for i in range(0, len(data), 2**16):  # a piece at a time stays in the processor's cache
         points = np.frombuffer(data[i : i + 2**16].encode("utf-32-le"), "<u4")
-        if (table[points] == new).any():
-            codes += (fresh := np.unique(points[table[points] == new])).tolist()
+        ids = table[points]
+        if ids.max() == new:
+            codes += (fresh := np.unique(points[ids == new])).tolist()
             if len(codes) > new:
                 raise ValueError(f"{name}: more than {new:,} different characters in one shard")
             table[fresh] = np.arange(len(codes) - len(fresh), len(codes))
-        pieces.append(table[points])
-    counts = sum(np.bincount(ids, minlength=len(codes)) for ids in pieces)
-    return np.concatenate(pieces), np.array(codes, np.uint32), counts
+            ids = table[points]
+        pieces.append(ids)
+    counts = sum(np.bincount(ids, minlength=len(codes)) for ids in pieces) + np.zeros(len(codes), np.int64)
+    return pieces, np.array(codes, np.uint32), counts
 
 
 def renumber(folder, start, stop, cut, final):
@@ -116,11 +122,11 @@ def prepare(files, folder, sample, seed, workers, val_fraction, min_count):
     bar = tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=None)
     with ThreadPoolExecutor(workers) as pool, open(folder / "train.bin", "wb") as train, bar:
         def write():
-            (ids, codes, counts), position = waiting[0][0].result(), waiting.popleft()[1]
-            train.write(ids.data)
-            parts.append((len(ids), codes, counts[codes == ord(END)].sum()))
+            (pieces, codes, counts), position = waiting[0][0].result(), waiting.popleft()[1]
+            train.writelines(ids.data for ids in pieces)
+            parts.append((counts.sum(), codes, counts[codes == ord(END)].sum()))
             totals[codes] += counts
-            bar.set_postfix_str(f"{totals[ord(END)]:,} documents, {totals.sum():,} characters", refresh=False)
+            bar.set_postfix(documents=f"{totals[ord(END)]:,}", refresh=False)
             bar.update(position - bar.n)
 
         for file, before in zip(files, np.cumsum([0, *sizes])):
