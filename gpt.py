@@ -665,6 +665,8 @@ def train(config):
         f"{len(splits['val']):,} to validate" + f", {unknown:.2%} of them unknown" * bool(unknown)
         + f", vocabulary {tokenizer.vocab_size:,}")
     say(f"model   {sum(p.numel() for p in model.parameters()):,} parameters, {config.out}, at step {run['step']:,}")
+    if run["losses"] and run["step"] >= config.max_iters:
+        say(f"already at step {run['step']:,}: to train on, --max_iters {2 * config.max_iters}")
     chars = config.batch_size * config.grad_accum * config.block_size
     bar = tqdm(total=config.max_iters, initial=run["step"], unit="char", unit_scale=chars, disable=rank > 0 or None)
     with stop_requests() as asked, bar:
