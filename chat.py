@@ -22,7 +22,7 @@ An empty line lets a base model go on."""
 class Int8Linear(nn.Module):
     """nn.Linear with 8 bits a weight: int8 rows, and one scale a row that makes its largest weight 127.
 
-    Fewer bits mean less memory, and generation is bound by how fast weights come from it. The activations stay bfloat16.
+    Fewer bits mean less memory, and generation is bound by how fast weights come from it. Activations stay bfloat16.
     (Training on top of quantized weights, by small matrices beside them, is QLoRA: Dettmers et al. 2023.)
     """
 
@@ -148,14 +148,15 @@ def main(argv=None):
         except FileNotFoundError:
             raise ValueError(f"{flags.model}: no such model; python gpt.py makes one") from None
         if flags.int8:
-            before = size(model)
-            print(f"weights: {before / 2**20:.1f} MiB, as int8 {size(quantize(model)) / 2**20:.1f} MiB", file=sys.stderr)
+            before, after = size(model) / 2**20, size(quantize(model)) / 2**20
+            print(f"weights: {before:.1f} MiB, as int8 {after:.1f} MiB", file=sys.stderr)
         chat = Chat(model, tokenizer, config, flags.max_new_tokens, flags.temperature, flags.top_k)
         if flags.prompt is not None:
             print(end=gpt.printable(flags.prompt) + "\n" * chat.answers)
             chat.show(flags.prompt, flags.stats)
         else:
-            print(f"{flags.model}: {'answers a line' if chat.answers else 'continues your text'}; /help", file=sys.stderr)
+            use = "answers a line" if chat.answers else "continues your text"
+            print(f"{flags.model}: {use}; /help", file=sys.stderr)
             talk(chat, flags.stats)
 
     return gpt.run_command("chat.py", work)

@@ -10,7 +10,7 @@ freeCodeCamp course "Create a Large Language Model from Scratch with Python" bui
 B batch (texts side by side), T time (characters in a text), C channels (n_embd numbers that describe a character),
 H heads, D head size (C / H), V vocabulary.
 """
-import argparse, hashlib, inspect, itertools, json, math, os, re, shlex, signal, sys, threading, time, unicodedata, warnings
+import argparse, hashlib, inspect, itertools, json, math, os, re, shlex, signal, sys, time, unicodedata, warnings
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -53,20 +53,18 @@ class Config:
 
     def __post_init__(self):
         self.out = self.out or (Path(self.data).resolve().stem if self.data else "model") + ".pkl"
+        limits = dict(n_layer=(0, 1000), max_iters=(0, 2**31), warmup_iters=(0, 2**31), seed=(0, 2**63),
+                      dropout=(0, 0.99))
+        choices = dict(optimizer=("adamw", "muon"), dtype=("float32", "bfloat16"))
         for field in fields(self):
-            if type(getattr(self, field.name)) not in ((int, float) if field.type is float else (field.type,)):
-                raise ValueError(f"{field.name} must be of type {field.type.__name__}, not {getattr(self, field.name)!r}")
-        for names, low, high in (
-                ("batch_size block_size grad_accum n_embd n_head eval_interval eval_iters", 1, 2**31),
-                ("max_iters warmup_iters", 0, 2**31), ("n_layer", 0, 1000), ("seed", 0, 2**63),
-                ("dropout", 0, 0.99), ("learning_rate weight_decay", 0, 10), ("grad_clip", 0, 1e9),
-                ("optimizer", "adamw", "muon"), ("dtype", "bfloat16", "float32")):
-            for name in names.split():
-                value = getattr(self, name)
-                if isinstance(low, str) and value not in (low, high):
-                    raise ValueError(f"{name} must be {low} or {high}, not {value!r}")
-                if not isinstance(low, str) and not low <= value <= high:
-                    raise ValueError(f"{name} must be from {low} to {high}, not {value}")
+            name, kind, value = field.name, field.type, getattr(self, field.name)
+            if type(value) not in ((int, float) if kind is float else (kind,)):
+                raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}")
+            low, high = limits.get(name, (int(kind is int), 2**31))
+            if kind in (int, float) and not low <= value <= high:
+                raise ValueError(f"{name} must be from {low} to {high}, not {value}")
+            if value not in choices.get(name, (value,)):
+                raise ValueError(f"{name} must be {' or '.join(choices[name])}, not {value!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} must be divisible by n_head {self.n_head}: the heads share it out")
 
@@ -153,24 +151,18 @@ def read_pairs(path):
 
 
 def read_folder(folder):
-    """What prepare_owt.py wrote -> memory-mapped splits and tokenizer. ValueError says what is missing or broken."""
-    splits = {}
-    for name in ("vocab.json", "train.bin", "val.bin"):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder}: {name} is missing; prepare_owt.py makes such a folder")
-    for name in ("train", "val"):
-        path = folder / f"{name}.bin"
-        if path.stat().st_size % 2 or not path.stat().st_size:
-            raise ValueError(f"{path}: {path.stat().st_size} bytes are no row of 16-bit token ids")
-        # The file stays on disk and looks like an array: the system reads the pages that are touched, and no more.
-        splits[name] = np.memmap(path, dtype="<u2", mode="r")
+    """What prepare_owt.py wrote -> memory-mapped splits and tokenizer. ValueError names what is missing or broken."""
+    splits, path = {}, folder / "vocab.json"
     try:
-        chars = json.loads((folder / "vocab.json").read_text("utf-8"))
+        chars = json.loads(path.read_text("utf-8"))
         tokenizer = CharTokenizer(chars)
-        if list(chars) != list(tokenizer.chars):
-            raise ValueError
-    except (ValueError, TypeError):
-        raise ValueError(f"{folder}: vocab.json is no sorted list of characters with END and UNK") from None
+        if list(tokenizer.chars) != list(chars):
+            raise ValueError("no sorted list of characters with END and UNK")
+        for name in ("train", "val"):  # the files stay on disk and look like arrays: only what is touched is read
+            path = folder / f"{name}.bin"
+            splits[name] = np.memmap(path, "<u2", "r")
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        raise ValueError(f"{path}: not as prepare_owt.py writes it: {error}") from None
     return splits, tokenizer
 
 
@@ -178,8 +170,8 @@ def load_data(config, tokenizer=None):
     """The corpus that config.data names -> ({"train": ids, "val": ids}, tokenizer). ids: 1-D uint16, array or memmap.
 
     The first 90 % are for training and the rest for validation: an exam needs questions that the homework had not, or
-    memorising would look like learning. A tokenizer given (fine-tuning, training on) is kept; otherwise the vocabulary is
-    made from the text. Raises ValueError if the corpus is too small or broken, OSError if it cannot be read.
+    memorising would look like learning. A tokenizer given (fine-tuning, training on) is kept, otherwise made from the
+    text. ValueError if the corpus is too small or broken, OSError if it cannot be read.
     """
     path = Path(config.data)
     if config.data and path.is_dir():
@@ -188,46 +180,41 @@ def load_data(config, tokenizer=None):
             raise ValueError(f"{path}: its vocabulary is not the model's")
         tokenizer = own
     else:
-        if config.answers_prompts:
-            documents = read_pairs(path)
-        elif config.data:
-            documents = [read_text(path)]
-        else:
+        if not config.data:
             from pydoc_data.topics import topics  # half a million characters that every CPython has
             documents = [clean(text) for text in topics.values()]
-        text = END.join(documents)
-        cut = int(0.9 * len(text))
+        else:
+            documents = read_pairs(path) if config.answers_prompts else [read_text(path)]
+        text = "".join(document + END for document in documents)
+        cut = int(0.9 * (len(text) - 1))
         if config.answers_prompts:  # between two pairs
-            cut = len(END.join(documents[: int(0.9 * len(documents))] + [""]))
+            cut = sum(len(document) + 1 for document in documents[: int(0.9 * len(documents))])
         tokenizer = tokenizer or CharTokenizer.from_text(text)
-        ids = tokenizer.encode(text + END)
+        ids = tokenizer.encode(text)
         splits = {"train": ids[:cut], "val": ids[cut:]}
         if config.answers_prompts and cut:  # a handful of pairs is a fair corpus: repeat it until a block fits
             splits = {k: np.tile(v, config.block_size // len(v) + 1) for k, v in splits.items()}
     for name, ids in splits.items():
         if len(ids) <= config.block_size:
-            raise ValueError(f"{config.data or 'the documentation'}: {len(ids)} characters to {name} on are no more than "
-                             f"block_size {config.block_size}: lower --block_size or add text")
+            raise ValueError(f"{config.data or 'the documentation'}: {len(ids)} characters to {name} on are no more "
+                             f"than block_size {config.block_size}: lower --block_size or add text")
     return splits, tokenizer
 
 
-def get_batch(data, config, starts=None, vocab_size=None):
+def get_batch(data, config, starts=None):
     """Blocks of text and what follows each character: (x, y), both int64 (B, T) on config.device; y is x one later.
 
-    A block of T characters holds T examples, one for each prefix: after "h" comes "e", after "he" comes "l". A batch is B
-    such blocks, which a GPU works through at once. starts: where they begin, (B,) integers (random if None). ids are
-    stored in 2 bytes and widened here: embeddings index with int64, and only the batch needs the room. On a memmap this
-    touches B * (T + 1) ids of the file, however large it is. With vocab_size, ValueError if an id lies outside.
+    A block of T characters holds T examples, one for each prefix: after "h" comes "e", after "he" comes "l". A batch
+    is B such blocks, which a GPU works through at once. starts: where they begin, (B,) integers; random if None. Of a
+    memmap this reads B * (T + 1) ids, however large the file, and widens only these: embeddings index with int64.
     """
     if starts is None:
         starts = torch.randint(len(data) - config.block_size, (config.batch_size,)).numpy()
-    blocks = data[starts[:, None] + np.arange(config.block_size + 1)]  # (B, T + 1)
-    if vocab_size and blocks.max() >= vocab_size:
-        raise ValueError(f"{config.data}: holds id {blocks.max()}, but its vocabulary ends at {vocab_size - 1}")
-    x, y = (torch.from_numpy(ids.astype(np.int64)) for ids in (blocks[:, :-1], blocks[:, 1:]))
+    blocks = torch.from_numpy(data[starts[:, None] + np.arange(config.block_size + 1)].astype(np.int64))  # (B, T + 1)
     if config.device.startswith("cuda"):  # from pinned memory the copy runs while the GPU computes
-        x, y = x.pin_memory(), y.pin_memory()
-    return x.to(config.device, non_blocking=True), y.to(config.device, non_blocking=True)
+        blocks = blocks.pin_memory()
+    blocks = blocks.to(config.device, non_blocking=True)
+    return blocks[:, :-1].contiguous(), blocks[:, 1:].contiguous()
 
 
 # -------------------------------------------------------------------------------------------------------------- model
@@ -253,8 +240,8 @@ class Head(nn.Module):
     """Self-attention: how characters look at one another (Vaswani et al. 2017, "Attention Is All You Need").
 
     Each character asks a query ("what am I looking for?"), offers a key ("what do I contain?") and passes on a value.
-    Query times key is a score; the scores, as shares that sum to 1, say how much of each value to take. A recurrent network
-    would carry the past along step by step; here every position looks back at once, which is what GPUs are good at.
+    Query times key is a score; the scores, as shares that sum to 1, say how much of each value to take. A recurrent
+    network would carry the past along step by step; here all positions look back at once, which is what GPUs do well.
 
         scores = q @ k.transpose(-2, -1) / D ** 0.5             # scores grow with D; softmax would pick a single winner
         past = torch.ones(T, T, dtype=torch.bool).tril()        # lower triangle: position t sees 0 ... t
@@ -262,8 +249,8 @@ class Head(nn.Module):
         weights = scores.softmax(dim=-1)                        # e ** -inf is 0: no share for the future
         out = weights @ v                                       # a weighted sum of values
 
-    F.scaled_dot_product_attention does just this, in one kernel that never stores the T x T scores and needs no mask in a
-    register_buffer. It works on all heads at once. q, k, v: (B, H, T, D) -> (B, H, T, D).
+    F.scaled_dot_product_attention does just this, in one kernel that never stores the T x T scores and needs no mask in
+    a register_buffer. It works on all heads at once. q, k, v: (B, H, T, D) -> (B, H, T, D).
     """
 
     def forward(self, q, k, v):
@@ -273,7 +260,7 @@ class Head(nn.Module):
 
 
 class MultiHeadAttention(nn.Module):
-    """Several heads, each in D channels of its own: they see the same text from different sides. (B, T, C) -> (B, T, C)."""
+    """Several heads, each in D channels of its own, see the same text from different sides. (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config):
         super().__init__()
@@ -296,7 +283,7 @@ class MultiHeadAttention(nn.Module):
 class FeedForward(nn.Sequential):
     """Linear, ReLU, Linear: after looking around, each character thinks by itself. (B, T, C) -> (B, T, C).
 
-    Without the ReLU between them two linear maps would be one. (Sigmoid and tanh bend the line too, but flatten out, and
+    Without the ReLU between them two linear maps would be one. (Sigmoid and tanh bend the line too, but flatten out and
     learn slowly there.) Dropout turns off random activations in training, so that none can lean on another.
     """
 
@@ -313,8 +300,8 @@ class Block(nn.Module):
     """Attention, then feed-forward, each added to its input and normalised (post-norm, as in the course).
 
     The residual carries the input past each sub-layer, so that gradients reach the first block undiminished; the norm
-    keeps the sums at one scale. This is the Transformer's decoder alone: with no second text to translate from, there is
-    no encoder and no cross-attention.
+    keeps the sums at one scale. This is the Transformer's decoder alone: with no second text to translate from, there
+    is no encoder and no cross-attention.
     """
 
     def __init__(self, config):
@@ -332,7 +319,7 @@ class GPT(nn.Module):
 
     def __init__(self, config, vocab_size):
         super().__init__()
-        self.config, self.vocab_size = config, vocab_size
+        self.config = config
         self.tokens = nn.Embedding(vocab_size, config.n_embd)             # what the model knows of each character
         self.positions = nn.Embedding(config.block_size, config.n_embd)   # where it stands: attention alone sees a set
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))  # Sequential would not pass the cache
@@ -347,13 +334,13 @@ class GPT(nn.Module):
     def forward(self, index, targets=None, cache=None):
         """index, targets: int64 (B, T), T <= block_size -> logits (B, T, V), and the loss (None without targets).
 
-        The loss is the cross-entropy: the mean of -ln(probability given to the character that came). A uniform guess over
-        80 characters costs ln 80 = 4.38. With a cache, index continues what the cache holds.
+        The loss is the cross-entropy: the mean of -ln(probability given to the character that came). A uniform guess
+        over 80 characters costs ln 80 = 4.38. With a cache, index continues what the cache holds.
         """
         start, T = cache.position if cache else 0, index.shape[1]
         if start + T > self.config.block_size:
             raise ValueError(f"{start + T} characters do not fit the context: block_size is {self.config.block_size}")
-        x = self.tokens(index) + self.positions.weight[start : start + T]  # (B, T, C): the rows for start, start + 1, ...
+        x = self.tokens(index) + self.positions.weight[start : start + T]  # (B, T, C) + (T, C)
         for layer, block in enumerate(self.blocks):
             x = block(x, cache, layer)
         if cache:
@@ -365,17 +352,17 @@ class GPT(nn.Module):
         """Continues index, int64 (B, T) with T >= 1, and yields one new character at a time, (B, 1).
 
         temperature below 1 sharpens the choice (0 always takes the likeliest), above 1 flattens it; top_k keeps the k
-        likeliest. The model sees the last block_size characters. Once they fill the cache, the last half is read anew and
-        the next characters have room again: the cost of a character stays the same however long the text.
+        likeliest. The model sees the last block_size characters. Once they fill the cache, the last half is read anew
+        and the next ones have room again: the cost of a character stays the same however long the text.
         """
         if not (index.shape[1] and temperature >= 0 and (top_k is None or top_k >= 1)):
             raise ValueError("generation needs a first character, temperature >= 0 and top_k >= 1 or None")
-        block_size, unread = self.config.block_size, index
-        cache = Cache(self.config, len(index), self.tokens.weight)
+        block_size, cache = self.config.block_size, Cache(self.config, len(index), self.tokens.weight)
+        index = unread = index[:, -block_size:]
         for _ in range(max_new_tokens):
             with torch.inference_mode():  # like no_grad, and no bookkeeping at all
                 if cache.position + unread.shape[1] > block_size:
-                    cache.position, unread = 0, index[:, -(block_size if unread is index else max(1, block_size // 2)) :]
+                    cache.position, unread = 0, index[:, -max(1, block_size // 2) :]
                 logits = self(unread, cache=cache)[0][:, -1].float()  # (B, V): only the last position's guess is new
                 if top_k is not None:
                     best = logits.topk(min(top_k, logits.shape[1]))
@@ -401,15 +388,16 @@ def autocast(config):
 def estimate_loss(model, splits, config):
     """Mean loss over eval_iters batches of each split: {"train": float, "val": float}.
 
-    The batches lie evenly over the split and are the same every time, so that two evaluations can be compared. eval() turns
-    dropout off: the exam is taken with the whole brain. no_grad() saves the memory that only learning needs.
+    The batches lie evenly over the split and are the same every time, so that two evaluations can be compared. eval()
+    turns dropout off: the exam is taken with the whole brain. no_grad() saves the memory that only learning needs.
     """
     training, losses = model.training, {}
     model.eval()
     for name, data in splits.items():
-        starts = np.linspace(0, len(data) - config.block_size - 1, config.eval_iters * config.batch_size).astype(np.int64)
+        count, last = config.eval_iters * config.batch_size, len(data) - config.block_size - 1
+        starts = np.linspace(0, last, count, dtype=np.int64).reshape(config.eval_iters, -1)
         with autocast(config):
-            batches = (get_batch(data, config, s, model.vocab_size) for s in starts.reshape(config.eval_iters, -1))
+            batches = (get_batch(data, config, row) for row in starts)
             losses[name] = torch.stack([model(x, y)[1] for x, y in batches]).mean().item()
     model.train(training)
     return losses
@@ -435,8 +423,8 @@ def save_checkpoint(path, checkpoint):
 def load_checkpoint(path):
     """Reads what save_checkpoint wrote, on the CPU. OSError if there is no file, ValueError if it is another kind.
 
-    weights_only=True unpickles tensors and plain values and nothing else: a stranger's checkpoint cannot run code. Every
-    shape is compared with a model on the meta device, which has sizes but no memory, before a real one is built.
+    weights_only=True unpickles tensors and plain values and nothing else: a stranger's checkpoint cannot run code.
+    Every shape is compared with a model on the meta device, which has sizes but no memory, before a real one is built.
     """
     try:
         with warnings.catch_warnings():
@@ -487,14 +475,16 @@ def find_device(name):
     try:
         if not name.startswith(("cpu", "cuda", "mps")):
             raise RuntimeError("choose cpu, cuda or mps")
+        if name == "cuda" and dist.is_torchelastic_launched():  # each process has a GPU of its own
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}") from None
 
 
 def learning_rate(step, config):
-    """The step size of gradient descent: too high overshoots, too low crawls. Linear warm-up, while AdamW's averages are
-    still guesses; then a cosine down to a tenth, to settle."""
+    """The step size of gradient descent: too high overshoots, too low crawls. Linear warm-up, while AdamW's averages
+    are still guesses; then a cosine down to a tenth, to settle."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
     progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
@@ -505,13 +495,14 @@ def make_optimizers(model, config):
     """[AdamW] or [AdamW, Muon].
 
     Adam (Kingma and Ba 2014) is momentum, the mean of past gradients, over RMSprop, their mean size: each weight gets a
-    step of its own. The W (Loshchilov and Hutter 2017) pulls matrices towards 0 apart from the gradient step. Muon (Jordan
-    2024) also makes the update of a matrix orthogonal, so that no direction in it drowns the others; it is for the blocks'
-    matrices, and scaled here so that AdamW's learning rate suits it.
+    step of its own. The W (Loshchilov and Hutter 2017) pulls matrices towards 0 apart from the gradient step. Muon
+    (Jordan 2024) also makes the update of a matrix orthogonal, so that no direction in it drowns the others; it is for
+    the blocks' matrices, and scaled here so that AdamW's learning rate suits it.
     """
     muon, decay, plain = [], [], []
     for name, p in model.named_parameters():
-        (plain if p.ndim < 2 else muon if config.optimizer == "muon" and name.startswith("blocks.") else decay).append(p)
+        for_muon = config.optimizer == "muon" and name.startswith("blocks.")
+        (plain if p.ndim < 2 else muon if for_muon else decay).append(p)
     settings = dict(lr=config.learning_rate, weight_decay=config.weight_decay)
     optimizers = [torch.optim.AdamW([{"params": decay}, {"params": plain, "weight_decay": 0.0}], betas=(0.9, 0.99),
                                     fused=not model.head.weight.is_meta, **settings)]
@@ -526,9 +517,9 @@ def rank_and_world():
 def training_step(model, optimizers, data, config, step, lap=lambda part: None):
     """One step of gradient descent on grad_accum micro-batches; returns this process's mean loss, a tensor.
 
-    Micro-batches are for a batch larger than memory holds: their gradients add up before the weights move. What is drawn
-    depends on (seed, step, micro-batch), mixed into one number, and not on what came before nor on how many processes
-    share the micro-batches. lap(part) is called after each part, for timing.
+    Micro-batches are for a batch larger than memory holds: their gradients add up before the weights move. What is
+    drawn depends on (seed, step, micro-batch), mixed into one number, and not on what came before nor on how many
+    processes share the micro-batches. lap(part) is called after each part, for timing.
     """
     rank, world = rank_and_world()
     mine, total = range(rank, config.grad_accum, world), 0.0
@@ -536,7 +527,7 @@ def training_step(model, optimizers, data, config, step, lap=lambda part: None):
         len(data) - config.block_size, size=(config.grad_accum, config.batch_size))
     for micro in mine:
         torch.manual_seed(int(np.random.SeedSequence((config.seed, step, micro)).generate_state(1, np.uint64)[0]))
-        x, y = get_batch(data, config, starts[micro], getattr(model, "module", model).vocab_size)  # .module: unwrapped
+        x, y = get_batch(data, config, starts[micro])
         lap("batch")
         if world > 1:
             model.require_backward_grad_sync = micro == mine[-1]  # gradients travel once a step
@@ -597,10 +588,9 @@ def stop_requests():
 def command(config):
     """The command line that makes this config."""
     usual, words = Config(**device_defaults(config.device), data=config.data), ["python", "gpt.py"]
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if value != getattr(usual, field.name) or field.name == "data" and value:
-            words += [f"--{'' if value else 'no-'}{field.name}"] if field.type is bool else [f"--{field.name}", str(value)]
+    for name, value in asdict(config).items():
+        if value != getattr(usual, name) or name == "data" and value:
+            words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     return shlex.join(words)
 
 
@@ -609,50 +599,56 @@ def refuse_changes(names, mine, saved, path):
     for name in names:
         if mine[name] != (theirs := {**saved, **saved["config"]}[name]):
             out = Path(mine["out"])
-            free = next(p for n in itertools.count(2) if not (p := out.with_name(f"{out.stem}-{n}{out.suffix}")).exists())
-            config = Config(**{f.name: mine[f.name] for f in fields(Config)} | {"out": str(free)})
-            raise ValueError(f"{path} was trained with {name} {theirs}, not {mine[name]}; for another model: {command(config)}")
+            candidates = (out.with_name(f"{out.stem}-{n}{out.suffix}") for n in itertools.count(2))
+            free = next(str(path) for path in candidates if not path.exists())
+            config = Config(**{field.name: mine[field.name] for field in fields(Config)} | {"out": free})
+            raise ValueError(f"{path} was trained with {name} {theirs}, not {mine[name]}; "
+                             f"for another model: {command(config)}")
+
+
+def open_run(config):
+    """Checkpoint and corpus -> (run, splits, tokenizer). run is the dict that save_checkpoint writes: the one in
+    config.out, or a new one, with the weights of config.init_from if there is such. ValueError if the checkpoint, the
+    corpus and config do not belong together."""
+    resuming = os.path.exists(config.out)
+    path = config.out if resuming else config.init_from
+    source = load_checkpoint(path) if path else None
+    splits, tokenizer = load_data(config, CharTokenizer(source["chars"]) if source else None)
+    ends = [part for ids in splits.values() for part in (ids[: 2**22], ids[-(2**22) :])]  # all of it may be 40 GB
+    if (largest := max(part.max() for part in ends)) >= tokenizer.vocab_size:
+        raise ValueError(f"{config.data}: holds id {largest}, but its vocabulary ends at {tokenizer.vocab_size - 1}")
+    digest = hashlib.sha256(repr([tokenizer.chars, *map(len, splits.values())]).encode() + b"".join(ends))
+    run = {"config": asdict(config), "chars": tokenizer.chars, "corpus": digest.hexdigest()[:16],
+           "step": 0, "losses": [], "best": {"loss": math.inf, "model": {}}, "model": {}, "optimizer": []}
+    if resuming:
+        refuse_changes([*ARCHITECTURE, "optimizer", "seed", "init_from", "corpus"], run | asdict(config), source, path)
+        run |= {key: source[key] for key in ("step", "losses", "best", "model", "optimizer")}
+    elif source:
+        refuse_changes(ARCHITECTURE, asdict(config), source, path)
+        run["model"] = chosen_weights(source)
+    return run, splits, tokenizer
 
 
 def train(config):
     """Trains, or carries on where config.out stopped; returns the model with its latest weights, in eval mode.
 
-    A run is a function of config, corpus and seed, stopped and resumed however often. Under torchrun every process calls
-    this; process 0 evaluates, prints and saves. Raises ValueError or OSError where the user must change something.
+    A run is a function of config, corpus and seed, stopped and resumed however often. Under torchrun every process
+    calls this; process 0 evaluates, prints and saves. ValueError or OSError where the user must change something.
     """
     device = find_device(config.device)
-    resumed = load_checkpoint(config.out) if os.path.exists(config.out) else None
-    source = resumed or (load_checkpoint(config.init_from) if config.init_from else None)
-    splits, tokenizer = load_data(config, CharTokenizer(source["chars"]) if source else None)
-    digest = hashlib.sha256(tokenizer.chars.encode())
-    for ids in splits.values():  # of a corpus beyond memory the ends will do
-        digest.update(b"%d " % len(ids) + ids[: 2**22].tobytes() + ids[-(2**22) :].tobytes())
-    run = {"config": asdict(config), "chars": tokenizer.chars, "corpus": digest.hexdigest()[:16],
-           "step": 0, "losses": [], "best": {"loss": math.inf, "model": {}}}
-    if resumed:
-        refuse_changes([*ARCHITECTURE, "optimizer", "seed", "init_from", "corpus"], {**run, **asdict(config)}, resumed, config.out)
-        run |= {key: resumed[key] for key in ("step", "losses", "best")}
-    elif source:
-        refuse_changes(ARCHITECTURE, asdict(config), source, config.init_from)
-    if not os.access(Path(config.out).resolve().parent, os.W_OK) or os.path.isdir(config.out):  # better told now than later
-        raise ValueError(f"{config.out}: its folder does not exist or cannot be written")
-
+    run, splits, tokenizer = open_run(config)
     if dist.is_torchelastic_launched() and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     rank, world = rank_and_world()
     if config.grad_accum % world:
         raise ValueError(f"grad_accum {config.grad_accum} must be divisible by the {world} processes that share it")
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32: ten bits of fraction, several times the speed
-        if world > 1:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # TF32: several times the speed
     torch.manual_seed(config.seed)
-    model = GPT(config, tokenizer.vocab_size)
-    if source:
-        model.load_state_dict(resumed["model"] if resumed else chosen_weights(source))
-    model.to(config.device)
+    model = GPT(config, tokenizer.vocab_size).to(device)
+    if run["model"]:
+        model.load_state_dict(run["model"])
     optimizers = make_optimizers(model, config)
-    for optimizer, state in zip(optimizers, resumed["optimizer"] if resumed else ()):
+    for optimizer, state in zip(optimizers, run["optimizer"]):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     forward = compiled(model, splits["train"], config)
     shared = forward if world == 1 else nn.parallel.DistributedDataParallel(forward)
@@ -670,12 +666,12 @@ def train(config):
     chars = config.batch_size * config.grad_accum * config.block_size
     bar = tqdm(total=config.max_iters, initial=run["step"], unit="char", unit_scale=chars, disable=rank > 0 or None)
     with stop_requests() as asked, bar:
-        while True:
-            step, stop = run["step"], torch.tensor(len(asked))
+        for step in range(run["step"], config.max_iters + 1):
+            stop = torch.tensor(len(asked))
             if world > 1:
                 dist.all_reduce(stop)  # all leave the loop at the same step
-            done = step >= config.max_iters
-            due = (step % config.eval_interval == 0 or done) and (not run["losses"] or run["losses"][-1][0] != step)
+            due = step % config.eval_interval == 0 or step == config.max_iters
+            due = due and step not in [row[0] for row in run["losses"]]  # a resumed run has its first
             if due and rank == 0:
                 losses = estimate_loss(forward, splits, config)
                 if not math.isfinite(losses["train"] + losses["val"]):
@@ -686,14 +682,14 @@ def train(config):
                                    "model": {k: v.to("cpu", copy=True) for k, v in model.state_dict().items()}}
                 say(f"step {step:6,d}   train {losses['train']:.4f}   val {losses['val']:.4f}")
             if (due or stop) and rank == 0:
-                save_checkpoint(config.out, {**run, "model": model.state_dict(),
-                                             "optimizer": [o.state_dict()["state"] for o in optimizers]})
-            if done or stop:
+                run |= {"step": step, "model": model.state_dict(),
+                        "optimizer": [optimizer.state_dict()["state"] for optimizer in optimizers]}
+                save_checkpoint(config.out, run)
+            if stop or step == config.max_iters:
                 break
             loss = training_step(shared, optimizers, splits["train"], config, step)
-            run["step"] += 1
             bar.update()
-            if not (step % 10 or bar.disable):
+            if step % 10 == 0 and not bar.disable:
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     if rank == 0:
         report(run, model, tokenizer, config)
@@ -723,16 +719,17 @@ def report(run, model, tokenizer, config):
 
 
 def tune(config, fixed=()):
-    """Tries micro-batch sizes, dtypes and compilation at an unchanged total batch; prints a table and the fastest command.
+    """Times micro-batch sizes, dtypes and compilation at an unchanged total batch; prints a table and the best command.
 
     Settings named in fixed stay as they are. Efficiency testing: time the parts, then change what takes longest.
     """
     splits, tokenizer = load_data(config)
     total, steps, best = config.batch_size * config.grad_accum, 5, (0, config)
+    shares = [n for n in (1, 2, 4) if total % n == 0]
+    dtypes = [config.dtype] if "dtype" in fixed else ["float32", "bfloat16"]
+    fusing = [config.compile] if "compile" in fixed else [False, True]
     print("batch_size grad_accum     dtype compile     chars/s   ms:   batch  forward backward   update")
-    for share, dtype, fuse in itertools.product((1, 2, 4), ("float32", "bfloat16"), (False, True)):
-        if total % share or "dtype" in fixed and dtype != config.dtype or "compile" in fixed and fuse != config.compile:
-            continue
+    for share, dtype, fuse in itertools.product(shares, dtypes, fusing):
         trial = replace(config, batch_size=total // share, grad_accum=share, dtype=dtype, compile=fuse)
         spent, clock = dict.fromkeys(("batch", "forward", "backward", "update"), 0.0), [0.0]
 
@@ -801,20 +798,21 @@ def main(argv=None):
         parser.add_argument("--tune", action="store_true", help="find the fastest settings for this machine")
         flags = vars(parser.parse_args(argv))
         tuning, saved = flags.pop("tune", False), {}
-        out = flags.get("out") or Config(data=flags.get("data", "")).out
-        if os.path.exists(out):
-            saved = {k: v for k, v in load_checkpoint(out)["config"].items() if k not in ("device", "dtype", "compile", "out")}
-        elif flags.get("init_from"):
-            saved = {k: v for k, v in load_checkpoint(flags["init_from"])["config"].items() if k in ARCHITECTURE}
+        out = Config(**{k: v for k, v in flags.items() if k in ("data", "out")}).out
+        source = out if os.path.exists(out) else flags.get("init_from")
+        saved = load_checkpoint(source)["config"] if source else {}
+        names = set(saved) - {"device", "dtype", "compile", "out"} if source == out else ARCHITECTURE
         # A flag beats the checkpoint, and the checkpoint beats what the device wants.
-        config = Config(**{**device_defaults(flags.get("device", Config.device)), **saved, **flags, "out": out})
+        config = Config(**{**device_defaults(flags.get("device", Config.device)),
+                           **{k: v for k, v in saved.items() if k in names}, **flags, "out": out})
         try:
             tune(config, flags) if tuning else train(config)
         except RuntimeError as error:
             if "memory" not in str(error):
                 raise
-            raise ValueError(f"out of memory on {config.device}: try --batch_size {max(1, config.batch_size // 2)} "
-                             f"--grad_accum {2 * config.grad_accum}, then a smaller block_size, n_embd, n_layer") from None
+            raise ValueError(
+                f"out of memory on {config.device}: try --batch_size {max(1, config.batch_size // 2)} "
+                f"--grad_accum {2 * config.grad_accum}, then a smaller block_size, n_embd, n_layer") from None
 
     return run_command("gpt.py", work)
 

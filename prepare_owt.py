@@ -4,11 +4,11 @@
     python prepare_owt.py urlsf_subset*.tar --out data/owt --sample 0.01
     python gpt.py --data data/owt
 
-The real corpus is 8 million documents, 40 GB, in an archive of 20,610 shards; a shard is an xz-compressed tar (sic) of one
-.txt file a document. It is larger than memory, so it streams: threads decompress a shard each (lzma and numpy let the
-others run meanwhile), and its characters go to one file as 16-bit ids, in a numbering of the shard's own. When all
-characters are known, the ids are renumbered in place and the file is cut in two. Nothing is unpacked to disk, and no name
-in an archive becomes a file's.
+The real corpus is 8 million documents, 40 GB, in an archive of 20,610 shards; a shard is an xz-compressed tar (sic) of
+one .txt file a document. It is larger than memory, so it streams: threads decompress a shard each (lzma and numpy let
+the others run meanwhile), and its characters go to one file as 16-bit code points. When all of them are known, they
+are renumbered in place and the file is cut in two. Nothing is unpacked to disk, and no name in an archive becomes a
+file's.
 """
 import argparse, io, json, lzma, os, random, shlex, shutil, sys
 from collections import deque
@@ -38,7 +38,7 @@ def unpack(data, name):
 
 
 def members(file, name):
-    """Yields (name, bytes) of each regular file in an open tar, front to back. ValueError if it is damaged or cut off."""
+    """Yields (name, bytes) of each regular file in an open tar, in order. ValueError if it is damaged or cut off."""
     try:
         while (block := file.read(512)) != bytes(512):  # a tar ends with zeros
             # What tarfile does, some five times faster: a header is 512 bytes with a name, a size and a sum in octal.
@@ -58,18 +58,18 @@ def members(file, name):
 
 
 def decode(documents):
-    """[bytes] -> str: UTF-8, \\n at line ends, each closed by END; what is not UTF-8, and an END inside, become UNK."""
-    cleaned = (d.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(END.encode(), UNK.encode()) for d in documents)
-    return "".join(d.decode("utf-8", "replace") + END for d in cleaned if d)
+    """[bytes] -> [str]: UTF-8, \\n at line ends, closed by END; what is not UTF-8, and an END inside, become UNK."""
+    texts = (d.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").decode("utf-8", "replace") for d in documents if d)
+    return [text.replace(END, UNK) + END for text in texts if text]
 
 
 def shards(path):
-    """Yields (name, bytes of an .xz or decoded str, bytes of the file read so far) for each shard in the file at path."""
+    """Yields (name, bytes of an .xz or decoded str, bytes read so far) for each shard in the file at path."""
     if path.name.endswith((".tar", ".tar.xz")):
         with open(path, "rb") as raw, lzma.open(raw) if path.suffix == ".xz" else raw as file:
             for name, data in members(file, path):
                 if data.startswith(XZ) or name.endswith(".txt"):
-                    yield f"{path}: {name}", data if data.startswith(XZ) else decode([data]), raw.tell()
+                    yield f"{path}: {name}", data if data.startswith(XZ) else "".join(decode([data])), raw.tell()
     elif path.suffix == ".xz":
         yield str(path), path.read_bytes(), path.stat().st_size
     elif path.suffix == ".txt":
@@ -83,49 +83,63 @@ def shards(path):
 
 
 def encode(name, data):
-    """A shard -> (ids, in pieces, numbered as its characters first appear; their code points; how often each occurs)."""
+    """A shard -> (bytes of 16-bit ids, how often each of the 65,536 ids occurs, stand-ins, what they stand for).
+
+    An id is a character's code point, which is what UTF-16 stores. For one past 16 bits (an emoji, say) stands an id
+    that is no character of this shard.
+    """
+    texts = [data]
     if isinstance(data, bytes):
         data = unpack(data, name)
         is_tar = data[257:262] == b"ustar" or not data.strip(b"\0")
-        data = decode([d for _, d in members(io.BytesIO(data), name)] if is_tar else [data])
-    new = 2**16 - 1
-    table, codes, pieces = np.full(sys.maxunicode + 1, new, "<u2"), [], []
-    for i in range(0, len(data), 2**16):  # a piece at a time stays in the processor's cache
-        points = np.frombuffer(data[i : i + 2**16].encode("utf-32-le"), "<u4")
-        ids = table[points]
-        if ids.max() == new:
-            codes += (fresh := np.unique(points[ids == new])).tolist()
-            if len(codes) > new:
-                raise ValueError(f"{name}: more than {new:,} different characters in one shard")
-            table[fresh] = np.arange(len(codes) - len(fresh), len(codes))
-            ids = table[points]
-        pieces.append(ids)
-    counts = sum(np.bincount(ids, minlength=len(codes)) for ids in pieces) + np.zeros(len(codes), np.int64)
-    return pieces, np.array(codes, np.uint32), counts
+        texts = decode([d for _, d in members(io.BytesIO(data), name)] if is_tar else [data])
+    texts = [text[i : i + 2**16] for text in texts for i in range(0, len(text), 2**16)]
+    pieces = [text.encode("utf-16-le") for text in texts]
+    points = {i: np.frombuffer(text.encode("utf-32-le"), "<u4")  # of the pieces that have such characters
+              for i, text in enumerate(texts) if len(pieces[i]) > 2 * len(text)}
+    ids = np.frombuffer(b"".join(pieces), "<u2")
+    counts = np.zeros(2**16, np.int64)
+    for i in range(0, len(ids), 2**18):  # a piece at a time stays in the processor's cache
+        counts += np.bincount(ids[i : i + 2**18], minlength=2**16)
+    counts[0xD800:0xE000] = 0  # UTF-16 writes a character past 16 bits as two of these, which alone are none
+    codes, times = np.unique(np.concatenate([ids[:0], *(p[p >= 2**16] for p in points.values())]), return_counts=True)
+    stand_ins = np.flatnonzero(counts == 0)[::-1][: len(codes)]
+    if len(stand_ins) < len(codes):
+        raise ValueError(f"{name}: more than {2**16:,} different characters in one shard")
+    counts[stand_ins] = times
+    for i, p in points.items():
+        piece = p.astype("<u2")
+        piece[p >= 2**16] = stand_ins[np.searchsorted(codes, p[p >= 2**16])]
+        pieces[i] = piece.tobytes()
+    return b"".join(pieces), counts, stand_ins, codes
 
 
-def renumber(folder, start, stop, cut, final):
+def renumber(folder, start, stop, cut, final, stand_ins, codes):
     """Gives the ids from start to stop their final numbers: in place up to the cut, in val.bin after it."""
+    table = final[: 2**16].copy()
+    table[stand_ins] = final[codes]
     with open(folder / "train.bin", "r+b") as train, open(folder / "val.bin", "r+b") as val:
         for file, low, high, base in ((train, start, min(stop, cut), 0), (val, max(start, cut), stop, cut)):
             for i in range(low, high, 2**18):
                 train.seek(2 * i)
                 ids = np.fromfile(train, "<u2", min(2**18, high - i))
                 file.seek(2 * (i - base))
-                file.write(final[ids].data)
+                file.write(table[ids].data)
 
 
 def prepare(files, folder, sample, seed, workers, val_fraction, min_count):
-    """Fills an empty folder from the files; returns what its corpus.json says. ValueError names a bad file and member."""
+    """Fills an empty folder from files; returns what its corpus.json says. ValueError names a bad file and member."""
     sizes, totals = [f.stat().st_size for f in files], np.zeros(sys.maxunicode + 1, np.int64)
     phase, last, number, keep, waiting, parts = random.Random(seed).random(), None, 0, False, deque(), []
     bar = tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=None)
     with ThreadPoolExecutor(workers) as pool, open(folder / "train.bin", "wb") as train, bar:
         def write():
-            (pieces, codes, counts), position = waiting[0][0].result(), waiting.popleft()[1]
-            train.writelines(ids.data for ids in pieces)
-            parts.append((counts.sum(), codes, counts[codes == ord(END)].sum()))
-            totals[codes] += counts
+            (ids, counts, stand_ins, codes), position = waiting[0][0].result(), waiting.popleft()[1]
+            train.write(ids)
+            totals[codes] += counts[stand_ins]
+            counts[stand_ins] = 0
+            totals[: 2**16] += counts
+            parts.append((len(ids) // 2, counts[ord(END)], stand_ins, codes))
             bar.set_postfix(documents=f"{totals[ord(END)]:,}", refresh=False)
             bar.update(position - bar.n)
 
@@ -141,32 +155,33 @@ def prepare(files, folder, sample, seed, workers, val_fraction, min_count):
         while waiting:
             write()
 
-        documents, length, closed = int(totals[ord(END)]), int(totals.sum()), np.cumsum([n for *_, n in parts])
+        documents, length, closed = int(totals[ord(END)]), int(totals.sum()), np.cumsum([part[1] for part in parts])
         if not documents:
             raise ValueError(f"no documents in {number} shards, of which --sample {sample} was taken")
         known = totals >= min_count
         known[[ord(END), ord(UNK)]] = True
         vocabulary = np.flatnonzero(known & (totals > 0) | np.isin(np.arange(len(totals)), [ord(END), ord(UNK)]))
         if len(vocabulary) > 2**16:
-            raise ValueError(f"{len(vocabulary):,} characters do not fit in 16 bits: raise --min_count above {min_count}")
+            raise ValueError(f"{len(vocabulary):,} different characters are more than {2**16:,}: "
+                             f"raise --min_count above {min_count}")
         final = np.full(len(totals), np.searchsorted(vocabulary, ord(UNK)), "<u2")
         final[vocabulary] = np.arange(len(vocabulary))
 
         train.flush()
-        offsets = np.cumsum([0, *(n for n, *_ in parts)]).tolist()
+        offsets = np.cumsum([0, *(part[0] for part in parts)]).tolist()
         if documents == 1:  # a single text is cut by position, as load_data does
             cut = int((1 - val_fraction) * (length - 1))
         else:               # others between documents
             wanted = min(max(int((1 - val_fraction) * documents), 1), documents - 1)
             i = int(np.searchsorted(closed, wanted))  # the shard with the last END before the cut
             ids = np.fromfile(folder / "train.bin", "<u2", parts[i][0], offset=2 * offsets[i])
-            ends = np.flatnonzero(parts[i][1][ids] == ord(END))
+            ends = np.flatnonzero(ids == ord(END))
             cut = offsets[i] + int(ends[wanted - closed[i] - 1]) + 1
         (folder / "val.bin").touch()
-        list(pool.map(lambda a, b, part: renumber(folder, a, b, cut, final[part[1]]), offsets, offsets[1:], parts))
+        list(pool.map(lambda a, b, part: renumber(folder, a, b, cut, final, *part[2:]), offsets, offsets[1:], parts))
         train.truncate(2 * cut)
-    corpus = dict(documents=documents, characters=length - documents, vocabulary=len(vocabulary), train=cut, val=length - cut,
-                  unknown=int(totals[~known].sum() + totals[ord(UNK)]), sources=[str(f) for f in files])
+    corpus = dict(documents=documents, characters=length - documents, vocabulary=len(vocabulary), train=cut,
+                  val=length - cut, unknown=int(totals[~known].sum() + totals[ord(UNK)]), sources=[*map(str, files)])
     for name, content in (("vocab.json", [chr(c) for c in vocabulary]), ("corpus.json", corpus)):
         (folder / name).write_text(json.dumps(content, indent=1 if content is corpus else None), "utf-8")
     return corpus
@@ -180,13 +195,15 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="prepare_owt.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
     parser.add_argument("sources", nargs="+", type=Path, help=".tar, .tar.xz, .xz or .txt files, or folders of them")
-    for name, default, note in (("out", Path("data/owt"), "folder to write"), ("sample", 1.0, "share of the shards to take"),
-                                ("seed", 1337, "chooses them"), ("workers", os.cpu_count(), "threads"),
-                                ("val_fraction", 0.1, "share for validation"), ("min_count", 1, "rarer characters become UNK")):
+    for name, default, note in (
+            ("out", Path("data/owt"), "folder to write"), ("sample", 1.0, "share of the shards to take"),
+            ("seed", 1337, "chooses them"), ("workers", os.cpu_count(), "threads"),
+            ("val_fraction", 0.1, "share for validation"), ("min_count", 1, "rarer characters become UNK")):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{note} ({default})")
     try:
         flags = vars(parser.parse_args(argv))
-        for name, low, high in ("sample", 1e-9, 1), ("val_fraction", 1e-9, 0.999), ("workers", 1, 1024), ("min_count", 1, 2**62):
+        for name, low, high in (("sample", 1e-9, 1), ("val_fraction", 1e-9, 0.999), ("workers", 1, 1024),
+                                ("min_count", 1, 2**62)):
             if not low <= flags[name] <= high:
                 fail(f"--{name} must be from {low} to {high}, not {flags[name]}")
         out, sources = flags.pop("out"), flags.pop("sources")
@@ -205,8 +222,9 @@ def main(argv=None):
         finally:
             shutil.rmtree(new, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True) if out.exists() else None
-        print(f"{corpus['documents']:,} documents, {corpus['characters']:,} characters, {corpus['unknown']:,} of them unknown, "
-              f"vocabulary {corpus['vocabulary']:,}\ntrain on it: python gpt.py --data {shlex.quote(str(out))}")
+        print("{documents:,} documents, {characters:,} characters, {unknown:,} of them unknown, "
+              "vocabulary {vocabulary:,}".format(**corpus))
+        print(f"train on it: python gpt.py --data {shlex.quote(str(out))}")
         return 0
     except (ValueError, OSError) as error:
         text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)

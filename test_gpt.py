@@ -262,11 +262,11 @@ def test_generation_for_random_configurations():
     for _ in range(25):
         heads = rng.choice([1, 2, 4])
         model = model_of(rng.randint(2, 30), block_size=rng.randint(1, 12), n_head=heads, n_embd=4 * heads, n_layer=rng.randint(0, 3))
-        index = torch.randint(model.vocab_size, (rng.randint(1, 3), rng.randint(1, 30)))
+        index = torch.randint(model.tokens.num_embeddings, (rng.randint(1, 3), rng.randint(1, 30)))
         n, k = rng.randint(0, 40), rng.choice([None, 1, 5, 100])
         text = model.generate(index, n, rng.choice([0, 0.5, 1.0, 5.0]), k)
         assert text.shape == (len(index), index.shape[1] + n) and torch.equal(text[:, : index.shape[1]], index)
-        assert text.dtype == torch.int64 and 0 <= text.min() and text.max() < model.vocab_size
+        assert text.dtype == torch.int64 and 0 <= text.min() and text.max() < model.tokens.num_embeddings
 
 
 def test_greedy_and_top_k():
@@ -881,7 +881,7 @@ def test_killed_preparation_leaves_nothing_that_gpt_accepts(capsys):
     process.kill()
     process.wait()
     assert not Path("out").exists()
-    assert gpt.main(["--data", "out.tmp"]) == 2 and "vocab.json is missing" in capsys.readouterr().err
+    assert gpt.main(["--data", "out.tmp"]) == 2 and "vocab.json" in capsys.readouterr().err
     prepared("a.tar")
     assert not Path("out.tmp").exists()
 
