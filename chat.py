@@ -20,9 +20,9 @@ An empty line lets a base model go on."""
 
 
 class Int8Linear(nn.Module):
-    """nn.Linear with 8 bits a weight: int8 rows, and one scale a row that makes its largest weight 127.
+    """nn.Linear with 8 bits a weight: rows of whole numbers from -127 to 127, and one scale a row to multiply them by.
 
-    Fewer bits mean less memory, and generation is bound by how fast weights come from it. Activations stay bfloat16.
+    Fewer bits mean less memory, and generation mostly waits for weights to arrive from it. Activations stay bfloat16.
     (Training on top of quantized weights, by small matrices beside them, is QLoRA: Dettmers et al. 2023.)
     """
 
@@ -121,7 +121,7 @@ def talk(chat, stats):
         elif line == "/help":
             print(HELP, file=sys.stderr)
         elif line or not chat.answers:
-            print(end="" if terminal or chat.answers else gpt.printable(line))
+            print(end="" if terminal or chat.answers else gpt.printable(line))  # in a pipe, the text that goes on
             chat.show(line, stats)
 
 

@@ -31,13 +31,13 @@ class Config:
     data: str = ""                # text file, .jsonl of pairs, or prepared folder; "" is Python's documentation
     out: str = ""                 # checkpoint to write and to carry on from; "" is named after the data
     init_from: str = ""           # checkpoint whose weights and vocabulary a new run starts from (fine-tuning)
-    batch_size: int = 32          # texts per micro-batch: B
+    batch_size: int = 32          # texts worked on at once: B
     block_size: int = 128         # characters of context: T
-    grad_accum: int = 1           # micro-batches per step, over all processes
+    grad_accum: int = 1           # such batches added up per step, over all processes
     max_iters: int = 900          # steps in all
     n_embd: int = 128             # numbers that describe a character: C
     n_head: int = 4               # attention heads: H
-    n_layer: int = 4              # blocks; 0 is the simplest language model, without attention
+    n_layer: int = 4              # blocks; 0 is the simplest language model (nearly the bigram), without attention
     dropout: float = 0.1          # share of activations turned off in training
     optimizer: str = "adamw"      # adamw or muon
     learning_rate: float = 3e-3   # its peak, after warm-up
@@ -48,8 +48,8 @@ class Config:
     eval_iters: int = 10          # batches per evaluation and split
     seed: int = 1337              # same seed, corpus and settings: same model
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or mps
-    dtype: str = "float32"        # of the matrix products: float32 or bfloat16
-    compile: bool = False         # let torch.compile fuse the kernels
+    dtype: str = "float32"        # float32, or bfloat16: half the bits, faster matrix products
+    compile: bool = False         # let torch.compile merge small operations into fast ones
 
     def __post_init__(self):
         self.out = self.out or (Path(self.data).resolve().stem if self.data else "model") + ".pkl"
@@ -60,7 +60,7 @@ class Config:
             name, kind, value = field.name, field.type, getattr(self, field.name)
             if type(value) not in ((int, float) if kind is float else (kind,)):
                 raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}")
-            low, high = limits.get(name, (int(kind is int), 2**31))
+            low, high = limits.get(name, (1 if kind is int else 0, 2**31))
             if kind in (int, float) and not low <= value <= high:
                 raise ValueError(f"{name} must be from {low} to {high}, not {value}")
             if value not in choices.get(name, (value,)):
@@ -70,7 +70,7 @@ class Config:
 
     @property
     def answers_prompts(self):
-        """Whether the model learns from pairs: chat then shows it a line and waits for END."""
+        """Whether data is pairs of prompt and completion: chat then takes a line and waits for the answer's end."""
         return self.data.endswith(".jsonl")
 
 
@@ -106,9 +106,9 @@ class CharTokenizer:
         self.chars = "".join(sorted({*chars, END, UNK}))
         self.vocab_size = len(self.chars)
         self.end, self.unk = self.chars.index(END), self.chars.index(UNK)
-        self._codes = np.array([ord(c) for c in self.chars], dtype=np.uint32)                # id -> code point
+        self._codes = np.array([ord(c) for c in self.chars], dtype=np.uint32)                # id -> ord(character)
         self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
-        self._ids = np.full(sys.maxunicode + 1, self.unk, dtype=self.dtype)                 # code point -> id
+        self._ids = np.full(sys.maxunicode + 1, self.unk, dtype=self.dtype)                 # ord(character) -> id
         self._ids[self._codes] = np.arange(self.vocab_size)
 
     @classmethod
@@ -117,7 +117,8 @@ class CharTokenizer:
 
     def encode(self, text):
         """str -> ids, 1-D uint16 (uint32 past 65,536 entries). Unknown characters become UNK; it never fails."""
-        chunks = (text[i : i + 2**20] for i in range(0, max(1, len(text)), 2**20))  # a piece at a time stays in cache
+        # UTF-32 is each character's ord(): one look-up in an array does the work of a dict, a thousand times faster.
+        chunks = (text[i : i + 2**20] for i in range(0, max(1, len(text)), 2**20))  # small enough for the CPU's cache
         return np.concatenate([self._ids[np.frombuffer(c.encode("utf-32-le", "surrogatepass"), "<u4")] for c in chunks])
 
     def decode(self, ids):
@@ -128,7 +129,7 @@ class CharTokenizer:
 # --------------------------------------------------------------------------------------------------------------- data
 
 def clean(text):
-    """Windows line ends become \\n; what the vocabulary reserves and what is no character become UNK."""
+    """\\r\\n becomes \\n; END, which is for the ends of documents, and surrogates, which are no characters, UNK."""
     return re.sub(f"[{END}\ud800-\udfff]", UNK, text.replace("\r\n", "\n"))
 
 
@@ -170,8 +171,8 @@ def load_data(config, tokenizer=None):
     """The corpus that config.data names -> ({"train": ids, "val": ids}, tokenizer). ids: 1-D uint16, array or memmap.
 
     The first 90 % are for training and the rest for validation: an exam needs questions that the homework had not, or
-    memorising would look like learning. A tokenizer given (fine-tuning, training on) is kept, otherwise made from the
-    text. ValueError if the corpus is too small or broken, OSError if it cannot be read.
+    memorising would look like learning. A given tokenizer (fine-tuning, training on) is kept; else the text makes one.
+    ValueError if the corpus is too small or broken, OSError if it cannot be read.
     """
     path = Path(config.data)
     if config.data and path.is_dir():
@@ -187,7 +188,7 @@ def load_data(config, tokenizer=None):
             documents = read_pairs(path) if config.answers_prompts else [read_text(path)]
         text = "".join(document + END for document in documents)
         cut = int(0.9 * (len(text) - 1))
-        if config.answers_prompts:  # between two pairs
+        if config.answers_prompts:  # at the end of a pair
             cut = sum(len(document) + 1 for document in documents[: int(0.9 * len(documents))])
         tokenizer = tokenizer or CharTokenizer.from_text(text)
         ids = tokenizer.encode(text)
@@ -202,15 +203,17 @@ def load_data(config, tokenizer=None):
 
 
 def get_batch(data, config, starts=None):
-    """Blocks of text and what follows each character: (x, y), both int64 (B, T) on config.device; y is x one later.
+    """Blocks of text and what follows each character: (x, y), int64 (B, T) on config.device; y is x shifted by one.
 
     A block of T characters holds T examples, one for each prefix: after "h" comes "e", after "he" comes "l". A batch
-    is B such blocks, which a GPU works through at once. starts: where they begin, (B,) integers; random if None. Of a
-    memmap this reads B * (T + 1) ids, however large the file, and widens only these: embeddings index with int64.
+    is B such blocks, stacked, which a GPU works through at once. starts: where they begin, (B,) integers; random if
+    None. Of a memmap only these B * (T + 1) ids are read, at random places of a file of any size. int64 because
+    embeddings index with it; in a matrix product with float32 it would be an error.
     """
     if starts is None:
         starts = torch.randint(len(data) - config.block_size, (config.batch_size,)).numpy()
-    blocks = torch.from_numpy(data[starts[:, None] + np.arange(config.block_size + 1)].astype(np.int64))  # (B, T + 1)
+    rows = starts[:, None] + np.arange(config.block_size + 1)  # (B, 1) + (T + 1,) -> (B, T + 1): a row for each block
+    blocks = torch.from_numpy(data[rows].astype(np.int64))
     if config.device.startswith("cuda"):  # from pinned memory the copy runs while the GPU computes
         blocks = blocks.pin_memory()
     blocks = blocks.to(config.device, non_blocking=True)
@@ -219,8 +222,87 @@ def get_batch(data, config, starts=None):
 
 # -------------------------------------------------------------------------------------------------------------- model
 
+class Head(nn.Module):
+    """Self-attention: how characters look at one another (Vaswani et al. 2017, "Attention Is All You Need").
+
+    Each character asks a query ("what am I looking for?"), offers a key ("what do I contain?") and passes on a value.
+    The dot product of query and key is a score; the scores, as shares that sum to 1, weigh the values. A recurrent
+    network would carry the past along step by step; here all positions look back at once, which is what GPUs do well.
+
+        scores = q @ k.transpose(-2, -1)                        # (T, D) @ (D, T): the inner sizes must agree
+        scores = scores / D ** 0.5                              # scores grow with D: else softmax picks a single winner
+        past = torch.ones(T, T, dtype=torch.bool).tril()        # lower triangle: position t sees 0 ... t
+        scores = scores.masked_fill(~past, float("-inf"))       # ... and never the future, which it is to predict
+        weights = scores.softmax(dim=-1)                        # e ** -inf is 0: no share for the future
+        out = weights @ v                                       # a weighted sum of values
+
+    F.scaled_dot_product_attention does this for all heads at once, never stores the T x T scores, and needs no mask, a
+    constant that the course keeps in a register_buffer. q, k, v: (B, H, T, D) -> (B, H, T, D).
+    """
+
+    def forward(self, q, k, v):
+        # In generation the one query is the newest character, which may see every key: no mask. No dropout on the
+        # shares, unlike the course: it costs PyTorch's CPU kernel 40 % of the training rate, and gained nothing here.
+        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[-2] > 1)
+
+
+class MultiHeadAttention(nn.Module):
+    """Several heads, each in D channels of its own, see the same text from different sides. (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # queries, keys, values in one product: Wx
+        self.head = Head()
+        self.proj = nn.Linear(config.n_embd, config.n_embd)  # Wx + b, both learned: lets the heads' findings mix
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cache=None, layer=0):
+        B, T, C = x.shape  # print(x.shape) works here and in every forward
+        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # each (B, T, C) -> (B, H, T, D)
+                   for part in self.qkv(x).chunk(3, dim=-1))
+        if cache:
+            k, v = cache.extend(layer, k, v)
+        heads = self.head(q, k, v).transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C): heads side by side
+        return self.dropout(self.proj(heads))
+
+
+class FeedForward(nn.Sequential):
+    """Linear, ReLU, Linear, run in turn by Sequential: each character thinks by itself. (B, T, C) -> (B, T, C).
+
+    Without the ReLU between them two linear maps would be one. (Sigmoid and tanh bend the line too, but flatten out and
+    learn slowly there.) Dropout turns off random activations in training, so that none can lean on another.
+    """
+
+    def __init__(self, config):
+        super().__init__(nn.Linear(config.n_embd, 4 * config.n_embd), nn.ReLU(inplace=True),
+                         nn.Linear(4 * config.n_embd, config.n_embd), nn.Dropout(config.dropout))
+
+    def forward(self, x):
+        # As a matrix, (B * T, C): with more dimensions the ReLU in place would cost a copy.
+        return super().forward(x.flatten(0, -2)).view_as(x)
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each added to its input and normalised (post-norm, as in the course).
+
+    The residual carries the input past each sub-layer and gives gradients a short way back; the norm (mean 0, variance
+    1) keeps the sums at one scale. This is the Transformer's decoder alone: with no second text to translate from,
+    there is no encoder and no cross-attention.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.attention, self.feedforward = MultiHeadAttention(config), FeedForward(config)
+        self.norm1, self.norm2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
+
+    def forward(self, x, cache=None, layer=0):
+        x = self.norm1(x + self.attention(x, cache, layer))
+        return self.norm2(x + self.feedforward(x))
+
+
 class Cache:
-    """Keys and values of the characters read so far, so that a new character costs one position and not T."""
+    """The keys and values of the characters read so far (see Head), so that a new one costs 1 position and not T."""
 
     def __init__(self, config, batch_size, like):
         shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
@@ -236,106 +318,29 @@ class Cache:
         return keys.narrow(2, 0, start + count), values.narrow(2, 0, start + count)
 
 
-class Head(nn.Module):
-    """Self-attention: how characters look at one another (Vaswani et al. 2017, "Attention Is All You Need").
-
-    Each character asks a query ("what am I looking for?"), offers a key ("what do I contain?") and passes on a value.
-    Query times key is a score; the scores, as shares that sum to 1, say how much of each value to take. A recurrent
-    network would carry the past along step by step; here all positions look back at once, which is what GPUs do well.
-
-        scores = q @ k.transpose(-2, -1) / D ** 0.5             # scores grow with D; softmax would pick a single winner
-        past = torch.ones(T, T, dtype=torch.bool).tril()        # lower triangle: position t sees 0 ... t
-        scores = scores.masked_fill(~past, float("-inf"))       # ... and never the future, which it is to predict
-        weights = scores.softmax(dim=-1)                        # e ** -inf is 0: no share for the future
-        out = weights @ v                                       # a weighted sum of values
-
-    F.scaled_dot_product_attention does just this, in one kernel that never stores the T x T scores and needs no mask in
-    a register_buffer. It works on all heads at once. q, k, v: (B, H, T, D) -> (B, H, T, D).
-    """
-
-    def forward(self, q, k, v):
-        # A single query is the newest character, which may see every key. No dropout on the shares, unlike the course:
-        # it costs PyTorch's CPU kernel 40 % of the training rate and never paid for that at these sizes.
-        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[-2] > 1)
-
-
-class MultiHeadAttention(nn.Module):
-    """Several heads, each in D channels of its own, see the same text from different sides. (B, T, C) -> (B, T, C)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.n_head = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # queries, keys, values in one product
-        self.head = Head()
-        self.proj = nn.Linear(config.n_embd, config.n_embd)                 # lets the heads' findings mix
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x, cache=None, layer=0):
-        B, T, C = x.shape
-        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # each (B, T, C) -> (B, H, T, D)
-                   for part in self.qkv(x).chunk(3, dim=-1))
-        if cache:
-            k, v = cache.extend(layer, k, v)
-        heads = self.head(q, k, v).transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C): heads side by side
-        return self.dropout(self.proj(heads))
-
-
-class FeedForward(nn.Sequential):
-    """Linear, ReLU, Linear: after looking around, each character thinks by itself. (B, T, C) -> (B, T, C).
-
-    Without the ReLU between them two linear maps would be one. (Sigmoid and tanh bend the line too, but flatten out and
-    learn slowly there.) Dropout turns off random activations in training, so that none can lean on another.
-    """
-
-    def __init__(self, config):
-        super().__init__(nn.Linear(config.n_embd, 4 * config.n_embd), nn.ReLU(inplace=True),
-                         nn.Linear(4 * config.n_embd, config.n_embd), nn.Dropout(config.dropout))
-
-    def forward(self, x):
-        # As rows of a matrix: nn.Linear would make views of anything else, and ReLU in place on a view costs a copy.
-        return super().forward(x.flatten(0, -2)).view_as(x)
-
-
-class Block(nn.Module):
-    """Attention, then feed-forward, each added to its input and normalised (post-norm, as in the course).
-
-    The residual carries the input past each sub-layer, so that gradients reach the first block undiminished; the norm
-    keeps the sums at one scale. This is the Transformer's decoder alone: with no second text to translate from, there
-    is no encoder and no cross-attention.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.attention, self.feedforward = MultiHeadAttention(config), FeedForward(config)
-        self.norm1, self.norm2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
-
-    def forward(self, x, cache=None, layer=0):
-        x = self.norm1(x + self.attention(x, cache, layer))
-        return self.norm2(x + self.feedforward(x))
-
-
 class GPT(nn.Module):
-    """Token ids in, for each position a score for every possible next character out."""
+    """Token ids in; out, at each position, a score (logit; softmax makes shares of them) for every next character."""
 
     def __init__(self, config, vocab_size):
         super().__init__()
         self.config = config
         self.tokens = nn.Embedding(vocab_size, config.n_embd)             # what the model knows of each character
         self.positions = nn.Embedding(config.block_size, config.n_embd)   # where it stands: attention alone sees a set
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))  # Sequential would not pass the cache
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))  # holds them; forward runs them
         self.norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, vocab_size)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)  # small: the first guess must be uniform
+                nn.init.normal_(module.weight, std=0.02)  # N(0, 0.02): so small that the first guess is nearly uniform
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
     def forward(self, index, targets=None, cache=None):
         """index, targets: int64 (B, T), T <= block_size -> logits (B, T, V), and the loss (None without targets).
 
-        The loss is the cross-entropy: the mean of -ln(probability given to the character that came). A uniform guess
-        over 80 characters costs ln 80 = 4.38. With a cache, index continues what the cache holds.
+        The loss is the cross-entropy, or negative log likelihood: the mean of -ln(share given to the character that
+        came). A uniform guess over 80 characters costs ln 80 = 4.38. (Mean squared error is for regression.) With a
+        cache, index continues what the cache holds.
         """
         start, T = cache.position if cache else 0, index.shape[1]
         if start + T > self.config.block_size:
@@ -352,8 +357,8 @@ class GPT(nn.Module):
         """Continues index, int64 (B, T) with T >= 1, and yields one new character at a time, (B, 1).
 
         temperature below 1 sharpens the choice (0 always takes the likeliest), above 1 flattens it; top_k keeps the k
-        likeliest. The model sees the last block_size characters. Once they fill the cache, the last half is read anew
-        and the next ones have room again: the cost of a character stays the same however long the text.
+        likeliest. The model sees the last block_size characters. When the cache is full it is emptied and their last
+        half read anew, which makes room: the cost of a character stays the same however long the text.
         """
         if not (index.shape[1] and temperature >= 0 and (top_k is None or top_k >= 1)):
             raise ValueError("generation needs a first character, temperature >= 0 and top_k >= 1 or None")
@@ -380,7 +385,7 @@ class GPT(nn.Module):
 # ------------------------------------------------------------------------------------------------------ loss estimate
 
 def autocast(config):
-    """bfloat16 for the matrix products, float32 for what needs its digits (norm, softmax, loss); or nothing at all."""
+    """With --dtype bfloat16: 16 bits for the matrix products, float32 where digits count (norm, softmax, loss)."""
     return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
@@ -433,13 +438,13 @@ def load_checkpoint(path):
         config, tokenizer = Config(**saved["config"]), CharTokenizer(saved["chars"])
         with torch.device("meta"):
             model = GPT(config, tokenizer.vocab_size)
-        pairs = [(saved["model"], model.state_dict()), (saved["best"]["model"], model.state_dict())]
+        checks = [(saved["model"], model.state_dict()), (saved["best"]["model"], model.state_dict())]
         for optimizer, state in zip(make_optimizers(model, config), saved["optimizer"], strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             names = ("momentum_buffer",) if "momentum" in optimizer.defaults else ("exp_avg", "exp_avg_sq", "step")
             for i in state:  # empty before the first step
-                pairs += [(state[i], {n: torch.empty(()) if n == "step" else params[i] for n in names})]
-        for found, expected in pairs:
+                checks += [(state[i], {n: torch.empty(()) if n == "step" else params[i] for n in names})]
+        for found, expected in checks:
             if found.keys() != expected.keys() or any(
                     t.shape != expected[k].shape or t.dtype != torch.float32 or not t.is_contiguous()
                     for k, t in found.items()):
@@ -454,8 +459,8 @@ def load_checkpoint(path):
 
 
 def chosen_weights(saved):
-    """The best weights by validation loss; of a model trained on pairs the latest, since held-out pairs are new facts,
-    whose loss rises while the model learns."""
+    """The weights with the best validation loss; after training on pairs the latest: a held-out pair asks for a fact
+    never told, so its loss rises while the model learns."""
     return saved["model"] if Config(**saved["config"]).answers_prompts else saved["best"]["model"]
 
 
@@ -483,8 +488,8 @@ def find_device(name):
 
 
 def learning_rate(step, config):
-    """The step size of gradient descent: too high overshoots, too low crawls. Linear warm-up, while AdamW's averages
-    are still guesses; then a cosine down to a tenth, to settle."""
+    """How far gradient descent steps: too high overshoots, too low crawls. Linear warm-up, while AdamW's averages are
+    still guesses; then a cosine down to a tenth, to settle."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
     progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
@@ -494,15 +499,16 @@ def learning_rate(step, config):
 def make_optimizers(model, config):
     """[AdamW] or [AdamW, Muon].
 
-    Adam (Kingma and Ba 2014) is momentum, the mean of past gradients, over RMSprop, their mean size: each weight gets a
-    step of its own. The W (Loshchilov and Hutter 2017) pulls matrices towards 0 apart from the gradient step. Muon
-    (Jordan 2024) also makes the update of a matrix orthogonal, so that no direction in it drowns the others; it is for
-    the blocks' matrices, and scaled here so that AdamW's learning rate suits it.
+    Adam (Kingma and Ba 2014) divides momentum, the mean of past gradients, by RMSprop, their mean size: each weight has
+    a step of its own. The W (Loshchilov and Hutter 2017) pulls matrices towards 0 apart from the gradient step. Muon
+    (Jordan 2024) makes all directions of a matrix's update equally long (orthogonal), so that none drowns the others;
+    it is for the blocks' matrices, and scaled here so that AdamW's learning rate suits it.
     """
-    muon, decay, plain = [], [], []
+    muon, decay, plain = [], [], []  # plain: biases and norms, which nothing pulls towards 0
     for name, p in model.named_parameters():
         for_muon = config.optimizer == "muon" and name.startswith("blocks.")
-        (plain if p.ndim < 2 else muon if for_muon else decay).append(p)
+        group = plain if p.ndim < 2 else muon if for_muon else decay
+        group.append(p)
     settings = dict(lr=config.learning_rate, weight_decay=config.weight_decay)
     optimizers = [torch.optim.AdamW([{"params": decay}, {"params": plain, "weight_decay": 0.0}], betas=(0.9, 0.99),
                                     fused=not model.head.weight.is_meta, **settings)]
@@ -510,16 +516,16 @@ def make_optimizers(model, config):
 
 
 def rank_and_world():
-    """Which process this is, and of how many: torchrun starts several."""
+    """Which process this is, and of how many: torchrun starts one a GPU; all run this file and share the work."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def training_step(model, optimizers, data, config, step, lap=lambda part: None):
     """One step of gradient descent on grad_accum micro-batches; returns this process's mean loss, a tensor.
 
-    Micro-batches are for a batch larger than memory holds: their gradients add up before the weights move. What is
-    drawn depends on (seed, step, micro-batch), mixed into one number, and not on what came before nor on how many
-    processes share the micro-batches. lap(part) is called after each part, for timing.
+    Micro-batches are for a batch larger than memory holds: their gradients add up before the weights move. All random
+    numbers follow from (seed, step, micro-batch), so that resumed runs and several processes draw the same ones.
+    lap(part) is called after each part, for timing.
     """
     rank, world = rank_and_world()
     mine, total = range(rank, config.grad_accum, world), 0.0
@@ -532,9 +538,9 @@ def training_step(model, optimizers, data, config, step, lap=lambda part: None):
         if world > 1:
             model.require_backward_grad_sync = micro == mine[-1]  # gradients travel once a step
         with autocast(config):
-            loss = model(x, y)[1] / len(mine)
+            loss = model(x, y)[1] / len(mine)  # so that their sum is the mean
         lap("forward")
-        loss.backward()
+        loss.backward()  # adds to each weight's gradient, the direction in which the loss grows
         lap("backward")
         total += loss.detach()
     if config.grad_clip:
@@ -542,8 +548,8 @@ def training_step(model, optimizers, data, config, step, lap=lambda part: None):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step()       # the other way, by the learning rate
+        optimizer.zero_grad()  # since backward only adds
     lap("update")
     return total
 
@@ -608,7 +614,7 @@ def refuse_changes(names, mine, saved, path):
 
 def open_run(config):
     """Checkpoint and corpus -> (run, splits, tokenizer). run is the dict that save_checkpoint writes: the one in
-    config.out, or a new one, with the weights of config.init_from if there is such. ValueError if the checkpoint, the
+    config.out, or a new one, with the weights of config.init_from if one is named. ValueError if the checkpoint, the
     corpus and config do not belong together."""
     resuming = os.path.exists(config.out)
     path = config.out if resuming else config.init_from
@@ -642,9 +648,9 @@ def train(config):
     rank, world = rank_and_world()
     if config.grad_accum % world:
         raise ValueError(f"grad_accum {config.grad_accum} must be divisible by the {world} processes that share it")
-    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # TF32: several times the speed
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # GPU: TF32, far faster
     torch.manual_seed(config.seed)
-    model = GPT(config, tokenizer.vocab_size).to(device)
+    model = GPT(config, tokenizer.vocab_size).to(device)  # as batches are: what is multiplied must share a device
     if run["model"]:
         model.load_state_dict(run["model"])
     optimizers = make_optimizers(model, config)
@@ -671,7 +677,7 @@ def train(config):
             if world > 1:
                 dist.all_reduce(stop)  # all leave the loop at the same step
             due = step % config.eval_interval == 0 or step == config.max_iters
-            due = due and step not in [row[0] for row in run["losses"]]  # a resumed run has its first
+            due = due and step not in [row[0] for row in run["losses"]]  # evaluated before it stopped
             if due and rank == 0:
                 losses = estimate_loss(forward, splits, config)
                 if not math.isfinite(losses["train"] + losses["val"]):
@@ -791,7 +797,7 @@ def main(argv=None):
     """The command line: trains, or with --tune looks for the fastest settings. Returns the exit status."""
     def work():
         parser = Parser("gpt.py", __doc__, argument_default=argparse.SUPPRESS)
-        notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+        notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))  # its comments
         for field in fields(Config):
             kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
             parser.add_argument(f"--{field.name}", help=f"{notes[field.name]} ({field.default})", **kind)
