@@ -28,14 +28,14 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear):
         super().__init__()
-        weight = linear.weight.detach().float()
+        weight = linear.weight.detach()
         scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
         self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale.bfloat16())
+        self.register_buffer("scale", scale)
         self.bias = linear.bias
 
     def forward(self, x):
-        if x.device.type == "cpu" and hasattr(torch, "_weight_int8pack_mm"):  # multiplies without widening the weights
+        if x.device.type == "cpu" and x.shape[-1] % 16 == 0 and hasattr(torch, "_weight_int8pack_mm"):
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], -1)
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * self.scale
@@ -44,12 +44,11 @@ class Int8Linear(nn.Module):
 
 def quantize(model):
     """Turns every nn.Linear into an Int8Linear and the rest into bfloat16, in place."""
-    model.bfloat16()
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, Int8Linear(child))
-    return model
+    return model.bfloat16()
 
 
 def size(model):
@@ -125,41 +124,39 @@ def talk(chat, stats):
             chat.show(line, stats)
 
 
+@gpt.command_line
 def main(argv=None):
     """The command line. Returns the exit status."""
-    def work():
-        parser = gpt.Parser("chat.py", __doc__)
-        parser.add_argument("--model", default="model.pkl", help="checkpoint (model.pkl)")
-        parser.add_argument("--prompt", help="answer this and exit")
-        parser.add_argument("--max_new_tokens", type=int, default=500, help="longest answer (500)")
-        parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest, 1 as learned (0.8)")
-        parser.add_argument("--top_k", type=int, default=0, help="choose among the k likeliest; 0 is all (0)")
-        parser.add_argument("--seed", type=int, help="same seed, same text")
-        parser.add_argument("--device", default=gpt.Config.device, help=f"cpu, cuda or mps ({gpt.Config.device})")
-        parser.add_argument("--stats", action="store_true", help="characters per second after each answer")
-        parser.add_argument("--int8", action="store_true", help="8 bits a weight")
-        flags = parser.parse_args(argv)
-        for name, low in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
-            if not low <= getattr(flags, name) < 2**31:
-                raise ValueError(f"--{name} must be at least {low}, not {getattr(flags, name)}")
-        torch.manual_seed(flags.seed) if flags.seed is not None else torch.seed()
-        try:
-            model, tokenizer, config = gpt.load_model(flags.model, flags.device)
-        except FileNotFoundError:
-            raise ValueError(f"{flags.model}: no such model; python gpt.py makes one") from None
-        if flags.int8:
-            before, after = size(model) / 2**20, size(quantize(model)) / 2**20
-            print(f"weights: {before:.1f} MiB, as int8 {after:.1f} MiB", file=sys.stderr)
-        chat = Chat(model, tokenizer, config, flags.max_new_tokens, flags.temperature, flags.top_k)
-        if flags.prompt is not None:
-            print(end=gpt.printable(flags.prompt) + "\n" * chat.answers)
-            chat.show(flags.prompt, flags.stats)
-        else:
-            use = "answers a line" if chat.answers else "continues your text"
-            print(f"{flags.model}: {use}; /help", file=sys.stderr)
-            talk(chat, flags.stats)
-
-    return gpt.run_command("chat.py", work)
+    parser = gpt.Parser("chat.py", __doc__)
+    parser.add_argument("--model", default="model.pkl", help="checkpoint (model.pkl)")
+    parser.add_argument("--prompt", help="answer this and exit")
+    parser.add_argument("--max_new_tokens", type=int, default=500, help="longest answer (500)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest, 1 as learned (0.8)")
+    parser.add_argument("--top_k", type=int, default=0, help="choose among the k likeliest; 0 is all (0)")
+    parser.add_argument("--seed", type=int, help="same seed, same text")
+    parser.add_argument("--device", default=gpt.Config.device, help=f"cpu, cuda or mps ({gpt.Config.device})")
+    parser.add_argument("--stats", action="store_true", help="characters per second after each answer")
+    parser.add_argument("--int8", action="store_true", help="8 bits a weight")
+    flags = parser.parse_args(argv)
+    for name, low in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
+        if not low <= getattr(flags, name) < 2**31:
+            raise ValueError(f"--{name} must be at least {low}, not {getattr(flags, name)}")
+    torch.manual_seed(flags.seed) if flags.seed is not None else torch.seed()
+    try:
+        model, tokenizer, config = gpt.load_model(flags.model, flags.device)
+    except FileNotFoundError:
+        raise ValueError(f"{flags.model}: no such model; python gpt.py makes one") from None
+    if flags.int8:
+        before, after = size(model) / 2**20, size(quantize(model)) / 2**20
+        print(f"weights: {before:.1f} MiB, as int8 {after:.1f} MiB", file=sys.stderr)
+    chat = Chat(model, tokenizer, config, flags.max_new_tokens, flags.temperature, flags.top_k)
+    if flags.prompt is not None:
+        print(end=gpt.printable(flags.prompt) + "\n" * chat.answers)
+        chat.show(flags.prompt, flags.stats)
+    else:
+        use = "answers a line" if chat.answers else "continues your text"
+        print(f"{flags.model}: {use}; /help", file=sys.stderr)
+        talk(chat, flags.stats)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ H heads, D head size (C / H), V vocabulary.
 import argparse, hashlib, inspect, itertools, json, math, os, re, shlex, signal, sys, time, unicodedata, warnings
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -106,9 +107,8 @@ class CharTokenizer:
         self.chars = "".join(sorted({*chars, END, UNK}))
         self.vocab_size = len(self.chars)
         self.end, self.unk = self.chars.index(END), self.chars.index(UNK)
-        self._codes = np.array([ord(c) for c in self.chars], dtype=np.uint32)                # id -> ord(character)
-        self.dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
-        self._ids = np.full(sys.maxunicode + 1, self.unk, dtype=self.dtype)                 # ord(character) -> id
+        self._codes = np.array([ord(c) for c in self.chars], dtype="<u4")                             # id -> code point
+        self._ids = np.full(sys.maxunicode + 1, self.unk, "<u2" if self.vocab_size <= 2**16 else "<u4")  # and back
         self._ids[self._codes] = np.arange(self.vocab_size)
 
     @classmethod
@@ -123,7 +123,7 @@ class CharTokenizer:
 
     def decode(self, ids):
         """Ids (list or integer array) -> str."""
-        return self._codes[np.asarray(ids, dtype=np.int64)].astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
+        return self._codes[np.asarray(ids, dtype=np.int64)].tobytes().decode("utf-32-le", "surrogatepass")
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -340,7 +340,7 @@ class GPT(nn.Module):
 
         The loss is the cross-entropy, or negative log likelihood: the mean of -ln(share given to the character that
         came). A uniform guess over 80 characters costs ln 80 = 4.38. (Mean squared error is for regression.) With a
-        cache, index continues what the cache holds.
+        cache, index goes on from what that holds: many characters if it is empty, else one at a time.
         """
         start, T = cache.position if cache else 0, index.shape[1]
         if start + T > self.config.block_size:
@@ -357,8 +357,8 @@ class GPT(nn.Module):
         """Continues index, int64 (B, T) with T >= 1, and yields one new character at a time, (B, 1).
 
         temperature below 1 sharpens the choice (0 always takes the likeliest), above 1 flattens it; top_k keeps the k
-        likeliest. The model sees the last block_size characters. When the cache is full it is emptied and their last
-        half read anew, which makes room: the cost of a character stays the same however long the text.
+        likeliest. The model sees the last block_size characters, or fewer: when the cache is full it is emptied and
+        their last half read anew, so that the cost of a character stays the same however long the text.
         """
         if not (index.shape[1] and temperature >= 0 and (top_k is None or top_k >= 1)):
             raise ValueError("generation needs a first character, temperature >= 0 and top_k >= 1 or None")
@@ -402,8 +402,7 @@ def estimate_loss(model, splits, config):
         count, last = config.eval_iters * config.batch_size, len(data) - config.block_size - 1
         starts = np.linspace(0, last, count, dtype=np.int64).reshape(config.eval_iters, -1)
         with autocast(config):
-            batches = (get_batch(data, config, row) for row in starts)
-            losses[name] = torch.stack([model(x, y)[1] for x, y in batches]).mean().item()
+            losses[name] = torch.stack([model(*get_batch(data, config, row))[1] for row in starts]).mean().item()
     model.train(training)
     return losses
 
@@ -420,7 +419,7 @@ def save_checkpoint(path, checkpoint):
             os.fsync(file.fileno())  # on the disk, not only on its way there, before the old file goes
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
-        raise OSError(None, f"not saved, and as it was before: {error}", str(path)) from error
+        raise OSError(f"{path}: not saved, and as it was before: {error}") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
 
@@ -438,17 +437,16 @@ def load_checkpoint(path):
         config, tokenizer = Config(**saved["config"]), CharTokenizer(saved["chars"])
         with torch.device("meta"):
             model = GPT(config, tokenizer.vocab_size)
-        checks = [(saved["model"], model.state_dict()), (saved["best"]["model"], model.state_dict())]
+        checks = [(weights, model.state_dict()) for weights in (saved["model"], saved["best"]["model"])]
         for optimizer, state in zip(make_optimizers(model, config), saved["optimizer"], strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             names = ("momentum_buffer",) if "momentum" in optimizer.defaults else ("exp_avg", "exp_avg_sq", "step")
             for i in state:  # empty before the first step
                 checks += [(state[i], {n: torch.empty(()) if n == "step" else params[i] for n in names})]
-        for found, expected in checks:
-            if found.keys() != expected.keys() or any(
-                    t.shape != expected[k].shape or t.dtype != torch.float32 or not t.is_contiguous()
-                    for k, t in found.items()):
-                raise ValueError("its tensors do not fit its config")
+        found, implied = ([{k: (t.shape, t.dtype, t.is_contiguous()) for k, t in tensors.items()} for tensors in side]
+                          for side in zip(*checks))
+        if found != implied:
+            raise ValueError("its tensors do not fit its config")
         if not (type(saved["step"]) is int and saved["corpus"] and all(len(row) == 3 for row in saved["losses"])):
             raise ValueError("its record of the run is damaged")
         return saved
@@ -480,9 +478,13 @@ def find_device(name):
     try:
         if not name.startswith(("cpu", "cuda", "mps")):
             raise RuntimeError("choose cpu, cuda or mps")
-        if name == "cuda" and dist.is_torchelastic_launched():  # each process has a GPU of its own
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        return torch.zeros(1, device=name).device
+        if name == "cuda":  # under torchrun each process has a GPU of its own
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = torch.zeros(1, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # memory, names and timings are then of this GPU
+            torch.set_float32_matmul_precision("high")  # TF32, far faster
+        return device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}") from None
 
@@ -566,8 +568,6 @@ def compiled(model, data, config):
         model.zero_grad()
         return fast
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
         print(f"not compiled: {type(error).__name__}: {error}".split("\n")[0][:150], file=sys.stderr)
         return model
 
@@ -600,18 +600,6 @@ def command(config):
     return shlex.join(words)
 
 
-def refuse_changes(names, mine, saved, path):
-    """ValueError if one of the named settings is not what the checkpoint at path was trained with."""
-    for name in names:
-        if mine[name] != (theirs := {**saved, **saved["config"]}[name]):
-            out = Path(mine["out"])
-            candidates = (out.with_name(f"{out.stem}-{n}{out.suffix}") for n in itertools.count(2))
-            free = next(str(path) for path in candidates if not path.exists())
-            config = Config(**{field.name: mine[field.name] for field in fields(Config)} | {"out": free})
-            raise ValueError(f"{path} was trained with {name} {theirs}, not {mine[name]}; "
-                             f"for another model: {command(config)}")
-
-
 def open_run(config):
     """Checkpoint and corpus -> (run, splits, tokenizer). run is the dict that save_checkpoint writes: the one in
     config.out, or a new one, with the weights of config.init_from if one is named. ValueError if the checkpoint, the
@@ -626,11 +614,16 @@ def open_run(config):
     digest = hashlib.sha256(repr([tokenizer.chars, *map(len, splits.values())]).encode() + b"".join(ends))
     run = {"config": asdict(config), "chars": tokenizer.chars, "corpus": digest.hexdigest()[:16],
            "step": 0, "losses": [], "best": {"loss": math.inf, "model": {}}, "model": {}, "optimizer": []}
+    for name in (*ARCHITECTURE, *("optimizer", "seed", "init_from", "corpus") * resuming) if source else ():
+        mine, theirs = ({**saved, **saved["config"]}[name] for saved in (run, source))
+        if mine != theirs:
+            names = (Path(config.out).with_stem(f"{Path(config.out).stem}-{n}") for n in itertools.count(2))
+            free = replace(config, out=str(next(name for name in names if not name.exists())))
+            raise ValueError(f"{path} was trained with {name} {theirs}, not {mine}; "
+                             + (f"for another model: {command(free)}" if resuming else "leave that flag out"))
     if resuming:
-        refuse_changes([*ARCHITECTURE, "optimizer", "seed", "init_from", "corpus"], run | asdict(config), source, path)
         run |= {key: source[key] for key in ("step", "losses", "best", "model", "optimizer")}
     elif source:
-        refuse_changes(ARCHITECTURE, asdict(config), source, path)
         run["model"] = chosen_weights(source)
     return run, splits, tokenizer
 
@@ -648,7 +641,6 @@ def train(config):
     rank, world = rank_and_world()
     if config.grad_accum % world:
         raise ValueError(f"grad_accum {config.grad_accum} must be divisible by the {world} processes that share it")
-    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")  # GPU: TF32, far faster
     torch.manual_seed(config.seed)
     model = GPT(config, tokenizer.vocab_size).to(device)  # as batches are: what is multiplied must share a device
     if run["model"]:
@@ -656,50 +648,50 @@ def train(config):
     optimizers = make_optimizers(model, config)
     for optimizer, state in zip(optimizers, run["optimizer"]):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    forward = compiled(model, splits["train"], config)
-    shared = forward if world == 1 else nn.parallel.DistributedDataParallel(forward)
+    fast = compiled(model, splits["train"], config)
+    parallel = fast if world == 1 else nn.parallel.DistributedDataParallel(fast)
 
     say = tqdm.write if rank == 0 else lambda line: None  # prints above the progress bar
     say(f"device  {torch.cuda.get_device_name() if device.type == 'cuda' else device}, {config.dtype}, "
-        f"{'uncompiled' if forward is model else 'compiled'}, {world} process{'es' * (world > 1)}")
+        f"{'uncompiled' if fast is model else 'compiled'}, {world} process{'es' * (world > 1)}")
     unknown = np.mean(np.concatenate([ids[: 2**22] for ids in splits.values()]) == tokenizer.unk)
     say(f"corpus  {config.data or 'the Python documentation'}: {len(splits['train']):,} characters to train on, "
         f"{len(splits['val']):,} to validate" + f", {unknown:.2%} of them unknown" * bool(unknown)
         + f", vocabulary {tokenizer.vocab_size:,}")
     say(f"model   {sum(p.numel() for p in model.parameters()):,} parameters, {config.out}, at step {run['step']:,}")
     if run["losses"] and run["step"] >= config.max_iters:
-        say(f"already at step {run['step']:,}: to train on, --max_iters {2 * config.max_iters}")
+        say(f"already at step {run['step']:,}: to train on, --max_iters {2 * run['step']}")
     chars = config.batch_size * config.grad_accum * config.block_size
+    evaluated = max([row[0] for row in run["losses"]], default=-1)  # a resumed run has its first
     bar = tqdm(total=config.max_iters, initial=run["step"], unit="char", unit_scale=chars, disable=rank > 0 or None)
     with stop_requests() as asked, bar:
         for step in range(run["step"], config.max_iters + 1):
             stop = torch.tensor(len(asked))
             if world > 1:
                 dist.all_reduce(stop)  # all leave the loop at the same step
-            due = step % config.eval_interval == 0 or step == config.max_iters
-            due = due and step not in [row[0] for row in run["losses"]]  # evaluated before it stopped
-            if due and rank == 0:
-                losses = estimate_loss(forward, splits, config)
-                if not math.isfinite(losses["train"] + losses["val"]):
-                    raise ValueError(f"the loss is {losses['val']} at step {step}: lower --learning_rate")
-                run["losses"].append((step, losses["train"], losses["val"]))
-                if losses["val"] < run["best"]["loss"]:
-                    run["best"] = {"loss": losses["val"],
-                                   "model": {k: v.to("cpu", copy=True) for k, v in model.state_dict().items()}}
-                say(f"step {step:6,d}   train {losses['train']:.4f}   val {losses['val']:.4f}")
+            due = (step % config.eval_interval == 0 or step == config.max_iters) and step > evaluated
             if (due or stop) and rank == 0:
+                if not all(p.isfinite().all() for p in model.parameters()):
+                    raise ValueError(f"the weights are no numbers any more at step {step}: lower --learning_rate")
+                if due:
+                    losses = estimate_loss(fast, splits, config)
+                    say(f"step {step:6,d}   train {losses['train']:.4f}   val {losses['val']:.4f}")
+                    run["losses"].append((step, losses["train"], losses["val"]))
+                    if losses["val"] < run["best"]["loss"]:
+                        weights = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+                        run["best"] = {"loss": losses["val"], "model": weights}
                 run |= {"step": step, "model": model.state_dict(),
                         "optimizer": [optimizer.state_dict()["state"] for optimizer in optimizers]}
                 save_checkpoint(config.out, run)
             if stop or step == config.max_iters:
                 break
-            loss = training_step(shared, optimizers, splits["train"], config, step)
+            loss = training_step(parallel, optimizers, splits["train"], config, step)
             bar.update()
             if step % 10 == 0 and not bar.disable:
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     if rank == 0:
         report(run, model, tokenizer, config)
-    if world > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
     return model.eval()
 
@@ -727,60 +719,65 @@ def report(run, model, tokenizer, config):
 def tune(config, fixed=()):
     """Times micro-batch sizes, dtypes and compilation at an unchanged total batch; prints a table and the best command.
 
-    Settings named in fixed stay as they are. Efficiency testing: time the parts, then change what takes longest.
+    dtype and compile stay as they are if named in fixed. Efficiency testing: time the parts, change what takes longest.
     """
     splits, tokenizer = load_data(config)
-    total, steps, best = config.batch_size * config.grad_accum, 5, (0, config)
-    shares = [n for n in (1, 2, 4) if total % n == 0]
+    total, steps, rates = config.batch_size * config.grad_accum, 5, {}
+    accums = [n for n in (1, 2, 4) if total % n == 0]
     dtypes = [config.dtype] if "dtype" in fixed else ["float32", "bfloat16"]
     fusing = [config.compile] if "compile" in fixed else [False, True]
     print("batch_size grad_accum     dtype compile     chars/s   ms:   batch  forward backward   update")
-    for share, dtype, fuse in itertools.product(shares, dtypes, fusing):
-        trial = replace(config, batch_size=total // share, grad_accum=share, dtype=dtype, compile=fuse)
-        spent, clock = dict.fromkeys(("batch", "forward", "backward", "update"), 0.0), [0.0]
+    for accum, dtype, fuse in itertools.product(accums, dtypes, fusing):
+        trial = replace(config, batch_size=total // accum, grad_accum=accum, dtype=dtype, compile=fuse)
+        times = [time.perf_counter()]
 
         def lap(part):
             if trial.device.startswith("cuda"):
                 torch.cuda.synchronize()  # the GPU works on while Python goes ahead
             now = time.perf_counter()
-            spent[part], clock[0] = spent[part] + now - clock[0], now
+            spent[part], times[0] = spent[part] + now - times[0], now
 
         try:
             torch.compiler.reset()
             torch.manual_seed(trial.seed)
             model = GPT(trial, tokenizer.vocab_size).to(find_device(trial.device))
-            optimizers, forward = make_optimizers(model, trial), compiled(model, splits["train"], trial)
-            if fuse and forward is model:
+            optimizers, fast = make_optimizers(model, trial), compiled(model, splits["train"], trial)
+            if fuse and fast is model:
                 continue
-            for step in range(-3, steps):  # the first three warm up
-                spent = spent if step else dict.fromkeys(spent, 0.0)
-                clock[0] = time.perf_counter()
-                training_step(forward, optimizers, splits["train"], trial, step + 3, lap)
+            for step in range(3 + steps):
+                if step in (0, 3):  # the first three warm up
+                    spent = dict.fromkeys(("batch", "forward", "backward", "update"), 0.0)
+                    times[0] = time.perf_counter()
+                training_step(fast, optimizers, splits["train"], trial, step, lap)
             rate = steps * total * config.block_size / sum(spent.values())
-            best = max(best, (rate, trial), key=lambda row: row[0])
+            rates[rate] = trial
             result = f"{rate:11,.0f}      " + "".join(f"{1000 * seconds / steps:9.1f}" for seconds in spent.values())
         except torch.OutOfMemoryError:
             result = "out of memory"
-        print(f"{trial.batch_size:10} {share:10} {dtype:>9} {str(fuse):>7} {result}")
-    print(f"\nfastest: {command(best[1])}")
+        print(f"{trial.batch_size:10} {accum:10} {dtype:>9} {str(fuse):>7} {result}")
+    if rates:
+        print(f"\nfastest: {command(rates[max(rates)])}")
 
 
 # ------------------------------------------------------------------------------------------------------- command line
 
-def run_command(name, work):
-    """work() and exit status 0; a user's mistake is one line on stderr and status 2. All three scripts end here."""
-    try:
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" and does not stop the run
-        work()
-        return 0
-    except (ValueError, OSError) as error:
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        if os.environ.get("RANK", "0") == "0":  # of several processes one is enough
-            print(f"{name}: {' '.join(text.split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+def command_line(main):
+    """Makes main(argv) return an exit status: 0, or 2 after a user's mistake, which is one line on stderr."""
+    @wraps(main)
+    def run(argv=None):
+        try:
+            if hasattr(sys.stdout, "reconfigure"):
+                sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" and does not stop the run
+            main(argv)
+            return 0
+        except (ValueError, OSError) as error:
+            text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
+            print(f"{Path(main.__code__.co_filename).name}: {printable(' '.join(text.split()))}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
+
+    return run
 
 
 class Parser(argparse.ArgumentParser):
@@ -793,34 +790,31 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message.removeprefix("argument "))
 
 
+@command_line
 def main(argv=None):
     """The command line: trains, or with --tune looks for the fastest settings. Returns the exit status."""
-    def work():
-        parser = Parser("gpt.py", __doc__, argument_default=argparse.SUPPRESS)
-        notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))  # its comments
-        for field in fields(Config):
-            kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
-            parser.add_argument(f"--{field.name}", help=f"{notes[field.name]} ({field.default})", **kind)
-        parser.add_argument("--tune", action="store_true", help="find the fastest settings for this machine")
-        flags = vars(parser.parse_args(argv))
-        tuning, saved = flags.pop("tune", False), {}
-        out = Config(**{k: v for k, v in flags.items() if k in ("data", "out")}).out
-        source = out if os.path.exists(out) else flags.get("init_from")
-        saved = load_checkpoint(source)["config"] if source else {}
-        names = set(saved) - {"device", "dtype", "compile", "out"} if source == out else ARCHITECTURE
-        # A flag beats the checkpoint, and the checkpoint beats what the device wants.
-        config = Config(**{**device_defaults(flags.get("device", Config.device)),
-                           **{k: v for k, v in saved.items() if k in names}, **flags, "out": out})
-        try:
-            tune(config, flags) if tuning else train(config)
-        except RuntimeError as error:
-            if "memory" not in str(error):
-                raise
-            raise ValueError(
-                f"out of memory on {config.device}: try --batch_size {max(1, config.batch_size // 2)} "
-                f"--grad_accum {2 * config.grad_accum}, then a smaller block_size, n_embd, n_layer") from None
-
-    return run_command("gpt.py", work)
+    parser = Parser("gpt.py", __doc__, argument_default=argparse.SUPPRESS)
+    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    for field in fields(Config):
+        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
+        parser.add_argument(f"--{field.name}", help=f"{notes[field.name]} ({field.default})", **kind)
+    parser.add_argument("--tune", action="store_true", help="find the fastest settings for this machine")
+    flags = vars(parser.parse_args(argv))
+    tuning = flags.pop("tune", False)
+    out = Config(**{k: v for k, v in flags.items() if k in ("data", "out")}).out
+    source = out if os.path.exists(out) else flags.get("init_from")
+    saved = load_checkpoint(source)["config"] if source else {}
+    names = set(saved) - {"device", "dtype", "compile", "out"} if source == out else ARCHITECTURE
+    # A flag beats the checkpoint, and the checkpoint beats what the device wants.
+    config = Config(**{**device_defaults(flags.get("device", Config.device)),
+                       **{k: v for k, v in saved.items() if k in names}, **flags, "out": out})
+    try:
+        tune(config, flags) if tuning else train(config)
+    except RuntimeError as error:
+        if not re.search("out of memory|allocate memory", str(error)):
+            raise
+        raise ValueError(f"out of memory on {config.device}: try --batch_size {max(1, config.batch_size // 2)} "
+                         f"--grad_accum {2 * config.grad_accum}, then a smaller block_size, n_embd, n_layer") from None
 
 
 if __name__ == "__main__":
