@@ -5,7 +5,7 @@
     echo "The " | python chat.py            in a pipe
     python chat.py --int8                   a quarter of the memory
 """
-import argparse, sys, time
+import sys, time
 
 import torch
 import torch.nn as nn
@@ -30,8 +30,8 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = linear.weight.detach()
         scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
-        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale)
+        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))  # (out, in)
+        self.register_buffer("scale", scale)  # (out,)
         self.bias = linear.bias
 
     def forward(self, x):

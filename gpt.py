@@ -704,8 +704,9 @@ def printable(text):
 def report(run, model, tokenizer, config):
     """What a run came to: losses, their curve, memory, a sample, and how to go on."""
     (step, train_loss, val_loss), curve = run["losses"][-1], [row[2] for row in run["losses"]]
-    spark = "".join("▁▂▃▄▅▆▇█"[round(7 * (v - min(curve)) / (max(curve) - min(curve) or 1))] for v in curve)
-    print(f"losses  train {train_loss:.4f}, val {val_loss:.4f} at step {step:,}; best val {min(curve):.4f}   {spark}")
+    low, high = min(curve), max(curve)
+    spark = "".join("▁▂▃▄▅▆▇█"[round(7 * (loss - low) / (high - low or 1))] for loss in curve)
+    print(f"losses  train {train_loss:.4f}, val {val_loss:.4f} at step {step:,}; best val {low:.4f}   {spark}")
     if config.device.startswith("cuda"):
         print(f"memory  {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU at the most")
     if run["step"] < config.max_iters:

@@ -74,7 +74,7 @@ def shards(path):
 
 
 def encode(name, data):
-    """A shard -> (bytes of 16-bit ids, how often each of the 65,536 ids occurs, stand-ins, what they stand for).
+    """A shard -> (ids, 1-D uint16; how often each of the 65,536 ids occurs; stand-ins; what they stand for).
 
     An id is a character's code point, which is what UTF-16 stores. For one past 16 bits (an emoji, say) stands an id
     that is no character of this shard.
@@ -203,13 +203,16 @@ def main(argv=None):
             files += sorted(f for f in inside if f.suffix in (".tar", ".xz", ".txt")) if source.is_dir() else [source]
         if out.exists() and {p.name for p in out.iterdir()} - {"train.bin", "val.bin", "vocab.json", "corpus.json"}:
             fail(f"{out}: holds other files; name a folder of its own with --out")
-        new = out.with_name(out.name + ".tmp")
+        new, old = (out.with_name(out.name + end) for end in (".tmp", ".old"))
         shutil.rmtree(new, ignore_errors=True)  # what a killed run left
         new.mkdir(parents=True)
         try:
             corpus = prepare(files, new, **flags)
-            shutil.rmtree(out, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+            if out.exists():
+                out.rename(old)
             new.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(new, ignore_errors=True)
         print("{documents:,} documents, {characters:,} characters, {unknown:,} of them unknown, "
