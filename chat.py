@@ -6,17 +6,13 @@
     python chat.py --int8                   a quarter of the memory
 """
 import sys, time
+from contextlib import suppress
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import gpt
-
-HELP = """/clear   forget the conversation
-/help    this list
-/quit    leave, as Ctrl-D does; Ctrl-C stops an answer
-An empty line lets a base model go on."""
 
 
 class Int8Linear(nn.Module):
@@ -57,11 +53,10 @@ def size(model):
 
 
 class Chat:
-    """A conversation: its context so far, and how to add to it."""
+    """A conversation: its context so far, and how to add to it. options are those of GPT.stream."""
 
-    def __init__(self, model, tokenizer, config, max_new_tokens=500, temperature=0.8, top_k=0):
-        self.model, self.tokenizer, self.answers = model, tokenizer, config.answers_prompts
-        self.options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k or None)
+    def __init__(self, model, tokenizer, config, **options):
+        self.model, self.tokenizer, self.answers, self.options = model, tokenizer, config.answers_prompts, options
         self.device, self.context = config.device, []
 
     def answer(self, prompt):
@@ -71,7 +66,7 @@ class Chat:
         continues the text as typed.
         """
         ids = self.tokenizer.encode(prompt + "\n" * self.answers).tolist()
-        if unknown := sum(i == self.tokenizer.unk for i in ids):
+        if unknown := ids.count(self.tokenizer.unk):
             print(f"(characters that the model has never seen: {unknown})", file=sys.stderr)
         if self.answers and self.context[-1:] != [self.tokenizer.end]:
             self.context.append(self.tokenizer.end)
@@ -87,11 +82,9 @@ class Chat:
     def show(self, prompt, stats=False):
         """Prints the answer as it comes; Ctrl-C ends it."""
         start, count = time.perf_counter(), 0
-        try:
+        with suppress(KeyboardInterrupt):
             for count, text in enumerate(self.answer(prompt), 1):
                 print(text, end="", flush=True)
-        except KeyboardInterrupt:
-            pass
         print(flush=True)
         if stats:
             print(f"({count} characters, {count / (time.perf_counter() - start):,.0f} a second)", file=sys.stderr)
@@ -100,10 +93,8 @@ class Chat:
 def talk(chat, stats):
     """Reads lines until there are no more. A terminal has a prompt, line editing and history; a pipe the text alone."""
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    try:
+    with suppress(ImportError):
         import readline  # noqa: F401  input() uses it; not on Windows
-    except ImportError:
-        pass
     while True:
         try:
             line = input("> " if terminal else "")
@@ -118,15 +109,15 @@ def talk(chat, stats):
         if line == "/clear":
             chat.context = []
         elif line == "/help":
-            print(HELP, file=sys.stderr)
+            print("/clear forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer; "
+                  "after an empty line a base model goes on", file=sys.stderr)
         elif line or not chat.answers:
             print(end="" if terminal or chat.answers else gpt.printable(line))  # in a pipe, the text that goes on
             chat.show(line, stats)
 
 
-@gpt.command_line
 def main(argv=None):
-    """The command line. Returns the exit status."""
+    """The command line."""
     parser = gpt.Parser("chat.py", __doc__)
     parser.add_argument("--model", default="model.pkl", help="checkpoint (model.pkl)")
     parser.add_argument("--prompt", help="answer this and exit")
@@ -138,26 +129,31 @@ def main(argv=None):
     parser.add_argument("--stats", action="store_true", help="characters per second after each answer")
     parser.add_argument("--int8", action="store_true", help="8 bits a weight")
     flags = parser.parse_args(argv)
-    for name, low in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
-        if not low <= getattr(flags, name) < 2**31:
-            raise ValueError(f"--{name} must be at least {low}, not {getattr(flags, name)}")
     torch.manual_seed(flags.seed) if flags.seed is not None else torch.seed()
     try:
+        for name, low in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
+            if not getattr(flags, name) >= low:
+                raise ValueError(f"--{name} must be at least {low}, not {getattr(flags, name)}")
         model, tokenizer, config = gpt.load_model(flags.model, flags.device)
+        if flags.int8:
+            before, after = size(model) / 2**20, size(quantize(model)) / 2**20
+            print(f"weights: {before:.1f} MiB, as int8 {after:.1f} MiB", file=sys.stderr)
+        chat = Chat(model, tokenizer, config, max_new_tokens=flags.max_new_tokens, temperature=flags.temperature,
+                    top_k=flags.top_k or None)
+        if flags.prompt is not None:
+            print(end=gpt.printable(flags.prompt) + "\n" * chat.answers)
+            chat.show(flags.prompt, flags.stats)
+        else:
+            print(f"{flags.model} {'answers' if chat.answers else 'continues your text'}; /help", file=sys.stderr)
+            talk(chat, flags.stats)
     except FileNotFoundError:
-        raise ValueError(f"{flags.model}: no such model; python gpt.py makes one") from None
-    if flags.int8:
-        before, after = size(model) / 2**20, size(quantize(model)) / 2**20
-        print(f"weights: {before:.1f} MiB, as int8 {after:.1f} MiB", file=sys.stderr)
-    chat = Chat(model, tokenizer, config, flags.max_new_tokens, flags.temperature, flags.top_k)
-    if flags.prompt is not None:
-        print(end=gpt.printable(flags.prompt) + "\n" * chat.answers)
-        chat.show(flags.prompt, flags.stats)
-    else:
-        use = "answers a line" if chat.answers else "continues your text"
-        print(f"{flags.model}: {use}; /help", file=sys.stderr)
-        talk(chat, flags.stats)
+        parser.error(f"{flags.model}: no such model; python gpt.py makes one")
+    except (ValueError, OSError) as error:
+        parser.error(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.stdout.reconfigure(errors="replace")
+    main()

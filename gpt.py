@@ -10,11 +10,11 @@ freeCodeCamp course "Create a Large Language Model from Scratch with Python" bui
 B batch (texts side by side), T time (characters in a text), C channels (n_embd numbers that describe a character),
 H heads, D head size (C / H), V vocabulary.
 """
-import argparse, hashlib, inspect, itertools, json, math, os, re, shlex, signal, sys, time, unicodedata, warnings
-from contextlib import contextmanager, suppress
+import argparse, hashlib, inspect, itertools, json, math, os, re, shlex, signal, sys, threading, time, warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import wraps
 from pathlib import Path
+from unicodedata import category
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from tqdm import tqdm
 
 
 # ---------------------------------------------------------------------------------------------------- hyperparameters
+
+DEVICES = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]  # of this machine
+
 
 @dataclass
 class Config:
@@ -48,21 +51,18 @@ class Config:
     eval_interval: int = 150      # steps between two evaluations, each of which saves
     eval_iters: int = 10          # batches per evaluation and split
     seed: int = 1337              # same seed, corpus and settings: same model
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or mps
+    device: str = "cuda" if "cuda" in DEVICES else "cpu"  # cpu, cuda or mps
     dtype: str = "float32"        # float32, or bfloat16: half the bits, faster matrix products
     compile: bool = False         # let torch.compile merge small operations into fast ones
 
     def __post_init__(self):
         self.out = self.out or (Path(self.data).resolve().stem if self.data else "model") + ".pkl"
-        limits = dict(n_layer=(0, 1000), max_iters=(0, 2**31), warmup_iters=(0, 2**31), seed=(0, 2**63),
-                      dropout=(0, 0.99))
-        choices = dict(optimizer=("adamw", "muon"), dtype=("float32", "bfloat16"))
+        choices = {"optimizer": ("adamw", "muon"), "dtype": ("float32", "bfloat16"), "device": DEVICES}
         for field in fields(self):
-            name, kind, value = field.name, field.type, getattr(self, field.name)
-            if type(value) not in ((int, float) if kind is float else (kind,)):
-                raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}")
-            low, high = limits.get(name, (1 if kind is int else 0, 2**31))
-            if kind in (int, float) and not low <= value <= high:
+            name, value = field.name, getattr(self, field.name)
+            low = 0 if field.type is float or name in ("n_layer", "max_iters", "warmup_iters", "seed") else 1
+            high = {"dropout": 0.99, "n_layer": 1000}.get(name, 2**31)
+            if field.type in (int, float) and not low <= value <= high:
                 raise ValueError(f"{name} must be from {low} to {high}, not {value}")
             if value not in choices.get(name, (value,)):
                 raise ValueError(f"{name} must be {' or '.join(choices[name])}, not {value!r}")
@@ -80,9 +80,9 @@ ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer")  # what the shapes 
 
 def device_defaults(device):
     """What a device wants other than the values above, which are for a CPU: a GPU gets the course's larger model."""
-    if not device.startswith("cuda"):
+    if device != "cuda":
         return {}
-    in_hardware = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    in_hardware = "cuda" in DEVICES and torch.cuda.is_bf16_supported(including_emulation=False)
     return dict(batch_size=64, block_size=256, max_iters=5000, n_embd=384, n_head=8, n_layer=8, dropout=0.2,
                 learning_rate=1e-3, warmup_iters=200, eval_interval=500, eval_iters=20, compile=True,
                 dtype="bfloat16" if in_hardware else "float32")
@@ -118,8 +118,7 @@ class CharTokenizer:
     def encode(self, text):
         """str -> ids, 1-D uint16 (uint32 past 65,536 entries). Unknown characters become UNK; it never fails."""
         # UTF-32 is each character's ord(): one look-up in an array does the work of a dict, a thousand times faster.
-        chunks = (text[i : i + 2**20] for i in range(0, max(1, len(text)), 2**20))  # small enough for the CPU's cache
-        return np.concatenate([self._ids[np.frombuffer(c.encode("utf-32-le", "surrogatepass"), "<u4")] for c in chunks])
+        return self._ids[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")]
 
     def decode(self, ids):
         """Ids (list or integer array) -> str."""
@@ -134,7 +133,13 @@ def clean(text):
 
 
 def read_text(path):
-    """A UTF-8 file as str, cleaned; a byte-order mark goes, and bytes that are not UTF-8 become UNK."""
+    """A UTF-8 file as str, cleaned; a byte-order mark goes, and bytes that are not UTF-8 become UNK.
+
+    "" is the documentation of the Python language, half a million characters that every CPython has.
+    """
+    if not path:
+        from pydoc_data.topics import topics
+        return END.join(clean(text) for text in topics.values())
     return clean(Path(path).read_bytes().decode("utf-8-sig", "replace"))
 
 
@@ -142,29 +147,26 @@ def read_pairs(path):
     """A .jsonl of {"prompt": ..., "completion": ...} lines -> one document a pair. ValueError names a bad line."""
     documents = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
+        try:
+            if line.strip():
                 pair = json.loads(line)
-                documents.append(clean(pair["prompt"] + "\n" + pair["completion"]))
-            except (ValueError, TypeError, KeyError):
-                raise ValueError(f'{path}, line {number}: not {{"prompt": "...", "completion": "..."}}') from None
+                documents.append(clean(pair["prompt"] + "\n" + pair["completion"]) + END)
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f'{path}, line {number}: not {{"prompt": "...", "completion": "..."}}') from None
     return documents
 
 
 def read_folder(folder):
     """What prepare_owt.py wrote -> memory-mapped splits and tokenizer. ValueError names what is missing or broken."""
-    splits, path = {}, folder / "vocab.json"
     try:
-        chars = json.loads(path.read_text("utf-8"))
-        tokenizer = CharTokenizer(chars)
-        if list(tokenizer.chars) != list(chars):
-            raise ValueError("no sorted list of characters with END and UNK")
-        for name in ("train", "val"):  # the files stay on disk and look like arrays: only what is touched is read
-            path = folder / f"{name}.bin"
-            splits[name] = np.memmap(path, "<u2", "r")
+        chars = json.loads(Path(folder, "vocab.json").read_text("utf-8"))
+        if chars != sorted({*chars, END, UNK}):
+            raise ValueError("vocab.json is no sorted list of characters with END and UNK")
+        # The files stay on disk and look like arrays: only what is touched is read.
+        splits = {name: np.memmap(Path(folder, f"{name}.bin"), "<u2", "r") for name in ("train", "val")}
     except (ValueError, TypeError, FileNotFoundError) as error:
-        raise ValueError(f"{path}: not as prepare_owt.py writes it: {error}") from None
-    return splits, tokenizer
+        raise ValueError(f"{folder}: not as prepare_owt.py writes it: {error}") from None
+    return splits, CharTokenizer(chars)
 
 
 def load_data(config, tokenizer=None):
@@ -174,27 +176,24 @@ def load_data(config, tokenizer=None):
     memorising would look like learning. A given tokenizer (fine-tuning, training on) is kept; else the text makes one.
     ValueError if the corpus is too small or broken, OSError if it cannot be read.
     """
-    path = Path(config.data)
-    if config.data and path.is_dir():
-        splits, own = read_folder(path)
+    if config.data and os.path.isdir(config.data):
+        splits, own = read_folder(config.data)
         if tokenizer and tokenizer.chars != own.chars:
-            raise ValueError(f"{path}: its vocabulary is not the model's")
+            raise ValueError(f"{config.data}: its vocabulary is not the model's")
         tokenizer = own
     else:
-        if not config.data:
-            from pydoc_data.topics import topics  # half a million characters that every CPython has
-            documents = [clean(text) for text in topics.values()]
+        if config.answers_prompts:
+            pairs = read_pairs(config.data)
+            cut = int(0.9 * len(pairs))
+            parts = "".join(pairs[:cut]), "".join(pairs[cut:])
+            # A handful of pairs is a fair corpus: it is repeated until a block fits.
+            parts = [part * (config.block_size // max(1, len(part)) + 1) for part in parts]
         else:
-            documents = read_pairs(path) if config.answers_prompts else [read_text(path)]
-        text = "".join(document + END for document in documents)
-        cut = int(0.9 * (len(text) - 1))
-        if config.answers_prompts:  # at the end of a pair
-            cut = sum(len(document) + 1 for document in documents[: int(0.9 * len(documents))])
-        tokenizer = tokenizer or CharTokenizer.from_text(text)
-        ids = tokenizer.encode(text)
-        splits = {"train": ids[:cut], "val": ids[cut:]}
-        if config.answers_prompts and cut:  # a handful of pairs is a fair corpus: repeat it until a block fits
-            splits = {k: np.tile(v, config.block_size // len(v) + 1) for k, v in splits.items()}
+            text = read_text(config.data) + END
+            cut = int(0.9 * (len(text) - 1))
+            parts = text[:cut], text[cut:]
+        tokenizer = tokenizer or CharTokenizer.from_text("".join(parts))
+        splits = dict(zip(("train", "val"), map(tokenizer.encode, parts)))
     for name, ids in splits.items():
         if len(ids) <= config.block_size:
             raise ValueError(f"{config.data or 'the documentation'}: {len(ids)} characters to {name} on are no more "
@@ -214,10 +213,10 @@ def get_batch(data, config, starts=None):
         starts = torch.randint(len(data) - config.block_size, (config.batch_size,)).numpy()
     rows = starts[:, None] + np.arange(config.block_size + 1)  # (B, 1) + (T + 1,) -> (B, T + 1): a row for each block
     blocks = torch.from_numpy(data[rows].astype(np.int64))
-    if config.device.startswith("cuda"):  # from pinned memory the copy runs while the GPU computes
+    if config.device == "cuda":  # from pinned memory the copy runs while the GPU computes
         blocks = blocks.pin_memory()
     blocks = blocks.to(config.device, non_blocking=True)
-    return blocks[:, :-1].contiguous(), blocks[:, 1:].contiguous()
+    return blocks[:, :-1], blocks[:, 1:]
 
 
 # -------------------------------------------------------------------------------------------------------------- model
@@ -329,11 +328,11 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))  # holds them; forward runs them
         self.norm = nn.LayerNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, vocab_size)
-        for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=0.02)  # N(0, 0.02): so small that the first guess is nearly uniform
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        for name, p in self.named_parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02)  # N(0, 0.02): so small that the first guess is nearly uniform
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
 
     def forward(self, index, targets=None, cache=None):
         """index, targets: int64 (B, T), T <= block_size -> logits (B, T, V), and the loss (None without targets).
@@ -386,7 +385,7 @@ class GPT(nn.Module):
 
 def autocast(config):
     """With --dtype bfloat16: 16 bits for the matrix products, float32 where digits count (norm, softmax, loss)."""
-    return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    return torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
 @torch.no_grad()
@@ -428,65 +427,44 @@ def load_checkpoint(path):
     """Reads what save_checkpoint wrote, on the CPU. OSError if there is no file, ValueError if it is another kind.
 
     weights_only=True unpickles tensors and plain values and nothing else: a stranger's checkpoint cannot run code.
-    Every shape is compared with a model on the meta device, which has sizes but no memory, before a real one is built.
+    Its tensors are tried on the meta device, which has shapes but no memory, before a real model is built.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        config, tokenizer = Config(**saved["config"]), CharTokenizer(saved["chars"])
-        with torch.device("meta"):
-            model = GPT(config, tokenizer.vocab_size)
-        checks = [(weights, model.state_dict()) for weights in (saved["model"], saved["best"]["model"])]
-        for optimizer, state in zip(make_optimizers(model, config), saved["optimizer"], strict=True):
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            names = ("momentum_buffer",) if "momentum" in optimizer.defaults else ("exp_avg", "exp_avg_sq", "step")
-            for i in state:  # empty before the first step
-                checks += [(state[i], {n: torch.empty(()) if n == "step" else params[i] for n in names})]
-        found, implied = ([{k: (t.shape, t.dtype, t.is_contiguous()) for k, t in tensors.items()} for tensors in side]
-                          for side in zip(*checks))
-        if found != implied:
-            raise ValueError("its tensors do not fit its config")
-        if not (type(saved["step"]) is int and saved["corpus"] and all(len(row) == 3 for row in saved["losses"])):
-            raise ValueError("its record of the run is damaged")
-        return saved
-    except OSError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path}: no checkpoint of gpt.py: {type(error).__name__}: {error}"[:200]) from error
+    with open(path, "rb") as file, warnings.catch_warnings(record=True):  # none is shown
+        try:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            config = Config(**{**saved["config"], "device": "cpu"})
+            with torch.device("meta"):
+                model = GPT(config, CharTokenizer(saved["chars"]).vocab_size)
+            restore(make_optimizers(model, config), saved["optimizer"])
+            for weights in (saved["model"], saved["best"]):
+                model.load_state_dict({**weights}, assign=True)  # RuntimeError where names or shapes differ
+            if not {"corpus", "step", "losses"} <= saved.keys():
+                raise ValueError("its record of the run is incomplete")
+            return {**saved, "config": asdict(config)}
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".split(". ")[0][:150]
+            raise ValueError(f"{path}: no checkpoint of gpt.py, or damaged: {reason}") from error
 
 
-def chosen_weights(saved):
-    """The weights with the best validation loss; after training on pairs the latest: a held-out pair asks for a fact
-    never told, so its loss rises while the model learns."""
-    return saved["model"] if Config(**saved["config"]).answers_prompts else saved["best"]["model"]
+def restore(optimizers, states):
+    """Gives optimizers the states from a checkpoint. ValueError if those are of other shapes than the weights."""
+    for optimizer, state in zip(optimizers, states):
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        if any(t.shape != p.shape for p, tensors in optimizer.state.items() for t in tensors.values() if t.ndim):
+            raise ValueError("the optimizer's state does not fit the weights")
 
 
 def load_model(path, device="cpu"):
-    """A checkpoint -> (model in eval mode on the device, tokenizer, config). Raises as load_checkpoint does."""
-    device, saved = find_device(device), load_checkpoint(path)
-    config, tokenizer = Config(**{**saved["config"], "device": str(device)}), CharTokenizer(saved["chars"])
+    """A checkpoint's best weights -> (model in eval mode on the device, tokenizer, config). See load_checkpoint."""
+    saved = load_checkpoint(path)
+    config, tokenizer = Config(**{**saved["config"], "device": device}), CharTokenizer(saved["chars"])
     model = GPT(config, tokenizer.vocab_size)
-    model.load_state_dict(chosen_weights(saved))
+    model.load_state_dict(saved["best"])
     return model.to(device).eval(), tokenizer, config
-
 
 # ----------------------------------------------------------------------------------------------------------- training
 
-def find_device(name):
-    """torch.device(name), or ValueError if there is none. A GPU does the many sums of a matrix product side by side."""
-    try:
-        if not name.startswith(("cpu", "cuda", "mps")):
-            raise RuntimeError("choose cpu, cuda or mps")
-        if name == "cuda":  # under torchrun each process has a GPU of its own
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        device = torch.zeros(1, device=name).device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # memory, names and timings are then of this GPU
-            torch.set_float32_matmul_precision("high")  # TF32, far faster
-        return device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} is not to be had here: {str(error).splitlines()[0]}") from None
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun starts a process a GPU
 
 
 def learning_rate(step, config):
@@ -509,17 +487,32 @@ def make_optimizers(model, config):
     muon, decay, plain = [], [], []  # plain: biases and norms, which nothing pulls towards 0
     for name, p in model.named_parameters():
         for_muon = config.optimizer == "muon" and name.startswith("blocks.")
-        group = plain if p.ndim < 2 else muon if for_muon else decay
-        group.append(p)
+        (plain if p.ndim < 2 else muon if for_muon else decay).append(p)
     settings = dict(lr=config.learning_rate, weight_decay=config.weight_decay)
     optimizers = [torch.optim.AdamW([{"params": decay}, {"params": plain, "weight_decay": 0.0}], betas=(0.9, 0.99),
                                     fused=not model.head.weight.is_meta, **settings)]
     return optimizers + ([torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw", **settings)] if muon else [])
 
 
-def rank_and_world():
-    """Which process this is, and of how many: torchrun starts one a GPU; all run this file and share the work."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def build(config, vocab_size, data):
+    """(a new model on its device, its optimizers, the model as training calls it: compiled if config asks for that)."""
+    if config.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # under torchrun each process has a GPU of its own
+        torch.set_float32_matmul_precision("high")  # TF32, far faster
+    torch.manual_seed(config.seed)
+    # A GPU does the many sums of a matrix product side by side; tensors that meet in one must share a device.
+    model = fast = GPT(config, vocab_size).to(config.device)
+    if config.compile:
+        try:  # compilers fail late, when they first meet a batch
+            fast = torch.compile(model)
+            with autocast(config):
+                loss = fast(*get_batch(data, config))[1]
+            loss.backward()
+            model.zero_grad()
+        except Exception as error:
+            fast = model
+            print(f"not compiled: {type(error).__name__}: {error}".split("\n")[0][:150], file=sys.stderr)
+    return model, make_optimizers(model, config), fast
 
 
 def training_step(model, optimizers, data, config, step, lap=lambda part: None):
@@ -529,15 +522,14 @@ def training_step(model, optimizers, data, config, step, lap=lambda part: None):
     numbers follow from (seed, step, micro-batch), so that resumed runs and several processes draw the same ones.
     lap(part) is called after each part, for timing.
     """
-    rank, world = rank_and_world()
-    mine, total = range(rank, config.grad_accum, world), 0.0
+    mine, total = range(RANK, config.grad_accum, WORLD), 0.0
     starts = np.random.default_rng((config.seed, step)).integers(
         len(data) - config.block_size, size=(config.grad_accum, config.batch_size))
     for micro in mine:
         torch.manual_seed(int(np.random.SeedSequence((config.seed, step, micro)).generate_state(1, np.uint64)[0]))
         x, y = get_batch(data, config, starts[micro])
         lap("batch")
-        if world > 1:
+        if WORLD > 1:
             model.require_backward_grad_sync = micro == mine[-1]  # gradients travel once a step
         with autocast(config):
             loss = model(x, y)[1] / len(mine)  # so that their sum is the mean
@@ -545,8 +537,7 @@ def training_step(model, optimizers, data, config, step, lap=lambda part: None):
         loss.backward()  # adds to each weight's gradient, the direction in which the loss grows
         lap("backward")
         total += loss.detach()
-    if config.grad_clip:
-        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -556,33 +547,16 @@ def training_step(model, optimizers, data, config, step, lap=lambda part: None):
     return total
 
 
-def compiled(model, data, config):
-    """torch.compile(model) where config asks for it and it works, otherwise the model itself."""
-    if not config.compile:
-        return model
-    try:  # compilers fail late, when they first meet a batch
-        fast = torch.compile(model)
-        with autocast(config):
-            loss = fast(*get_batch(data, config))[1]
-        loss.backward()
-        model.zero_grad()
-        return fast
-    except Exception as error:
-        print(f"not compiled: {type(error).__name__}: {error}".split("\n")[0][:150], file=sys.stderr)
-        return model
-
-
 @contextmanager
 def stop_requests():
-    """A list that fills when Ctrl-C or SIGTERM asks to stop; asked again, KeyboardInterrupt."""
+    """A list that fills when Ctrl-C or SIGTERM asks to stop. Asked again, they do what they always do."""
     asked, before = [], {}
 
     def ask(number, frame):
-        if asked:
-            raise KeyboardInterrupt
         asked.append(number)
+        signal.signal(number, before[number])
 
-    with suppress(ValueError):  # only a main thread gets signals
+    if threading.current_thread() is threading.main_thread():  # which alone gets signals
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield asked
@@ -601,30 +575,33 @@ def command(config):
 
 
 def open_run(config):
-    """Checkpoint and corpus -> (run, splits, tokenizer). run is the dict that save_checkpoint writes: the one in
-    config.out, or a new one, with the weights of config.init_from if one is named. ValueError if the checkpoint, the
-    corpus and config do not belong together."""
+    """(run, splits, tokenizer). run is the dict that save_checkpoint writes: the one in config.out, or a new one, with
+    the weights of config.init_from if one is named. ValueError if checkpoint, corpus and config do not match."""
     resuming = os.path.exists(config.out)
     path = config.out if resuming else config.init_from
-    source = load_checkpoint(path) if path else None
-    splits, tokenizer = load_data(config, CharTokenizer(source["chars"]) if source else None)
-    ends = [part for ids in splits.values() for part in (ids[: 2**22], ids[-(2**22) :])]  # all of it may be 40 GB
-    if (largest := max(part.max() for part in ends)) >= tokenizer.vocab_size:
-        raise ValueError(f"{config.data}: holds id {largest}, but its vocabulary ends at {tokenizer.vocab_size - 1}")
-    digest = hashlib.sha256(repr([tokenizer.chars, *map(len, splits.values())]).encode() + b"".join(ends))
-    run = {"config": asdict(config), "chars": tokenizer.chars, "corpus": digest.hexdigest()[:16],
-           "step": 0, "losses": [], "best": {"loss": math.inf, "model": {}}, "model": {}, "optimizer": []}
-    for name in (*ARCHITECTURE, *("optimizer", "seed", "init_from", "corpus") * resuming) if source else ():
-        mine, theirs = ({**saved, **saved["config"]}[name] for saved in (run, source))
-        if mine != theirs:
-            names = (Path(config.out).with_stem(f"{Path(config.out).stem}-{n}") for n in itertools.count(2))
-            free = replace(config, out=str(next(name for name in names if not name.exists())))
-            raise ValueError(f"{path} was trained with {name} {theirs}, not {mine}; "
-                             + (f"for another model: {command(free)}" if resuming else "leave that flag out"))
-    if resuming:
-        run |= {key: source[key] for key in ("step", "losses", "best", "model", "optimizer")}
-    elif source:
-        run["model"] = chosen_weights(source)
+    saved = load_checkpoint(path) if path else None
+    splits, tokenizer = load_data(config, CharTokenizer(saved["chars"]) if saved else None)
+    sample = np.concatenate([ids[: 2**23] for ids in splits.values()])  # all of it may be 40 GB
+    if (largest := sample.max()) >= tokenizer.vocab_size:
+        raise ValueError(f"{config.data}: holds id {largest}, and its vocabulary ends at {tokenizer.vocab_size - 1}")
+    if RANK == 0:
+        unknown = np.mean(sample == tokenizer.unk)
+        print(f"corpus  {config.data or 'the Python documentation'}: {len(splits['train']):,} characters to train on, "
+              f"{len(splits['val']):,} to validate{f', {unknown:.2%} of them unknown' * bool(unknown)}, "
+              f"vocabulary {tokenizer.vocab_size:,}")
+    digest = hashlib.sha256(repr([tokenizer.chars, *map(len, splits.values())]).encode() + sample.tobytes())
+    run = {"config": asdict(config), "chars": tokenizer.chars, "corpus": digest.hexdigest()[:16], "step": 0,
+           "losses": {}, "best": {}, "model": {}, "optimizer": []}
+    if saved:
+        mine, theirs = ({**each["config"], "corpus": each["corpus"]} for each in (run, saved))
+        for name in (*ARCHITECTURE, *("optimizer", "seed", "init_from", "corpus") * resuming):
+            if mine[name] != theirs[name]:
+                names = (f"{config.out.removesuffix('.pkl')}-{n}.pkl" for n in itertools.count(2))
+                free = next(name for name in names if not os.path.exists(name))
+                other = command(replace(config, out=free, init_from=config.init_from * resuming))
+                raise ValueError(f"{path} was trained with {name} {theirs[name]}, not {mine[name]}; "
+                                 f"for another model: {other}")
+        run = {**saved, "config": run["config"]} if resuming else {**run, "model": saved["best"]}
     return run, splits, tokenizer
 
 
@@ -634,80 +611,70 @@ def train(config):
     A run is a function of config, corpus and seed, stopped and resumed however often. Under torchrun every process
     calls this; process 0 evaluates, prints and saves. ValueError or OSError where the user must change something.
     """
-    device = find_device(config.device)
+    if config.grad_accum % WORLD:
+        raise ValueError(f"grad_accum {config.grad_accum} must be divisible by the {WORLD} processes that share it")
     run, splits, tokenizer = open_run(config)
-    if dist.is_torchelastic_launched() and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    rank, world = rank_and_world()
-    if config.grad_accum % world:
-        raise ValueError(f"grad_accum {config.grad_accum} must be divisible by the {world} processes that share it")
-    torch.manual_seed(config.seed)
-    model = GPT(config, tokenizer.vocab_size).to(device)  # as batches are: what is multiplied must share a device
+    model, optimizers, fast = build(config, tokenizer.vocab_size, splits["train"])
     if run["model"]:
         model.load_state_dict(run["model"])
-    optimizers = make_optimizers(model, config)
-    for optimizer, state in zip(optimizers, run["optimizer"]):
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    fast = compiled(model, splits["train"], config)
-    parallel = fast if world == 1 else nn.parallel.DistributedDataParallel(fast)
+    restore(optimizers, run["optimizer"])
+    parallel = fast
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo")
+        parallel = nn.parallel.DistributedDataParallel(fast)
 
-    say = tqdm.write if rank == 0 else lambda line: None  # prints above the progress bar
-    say(f"device  {torch.cuda.get_device_name() if device.type == 'cuda' else device}, {config.dtype}, "
-        f"{'uncompiled' if fast is model else 'compiled'}, {world} process{'es' * (world > 1)}")
-    unknown = np.mean(np.concatenate([ids[: 2**22] for ids in splits.values()]) == tokenizer.unk)
-    say(f"corpus  {config.data or 'the Python documentation'}: {len(splits['train']):,} characters to train on, "
-        f"{len(splits['val']):,} to validate" + f", {unknown:.2%} of them unknown" * bool(unknown)
-        + f", vocabulary {tokenizer.vocab_size:,}")
-    say(f"model   {sum(p.numel() for p in model.parameters()):,} parameters, {config.out}, at step {run['step']:,}")
-    if run["losses"] and run["step"] >= config.max_iters:
-        say(f"already at step {run['step']:,}: to train on, --max_iters {2 * run['step']}")
-    chars = config.batch_size * config.grad_accum * config.block_size
-    evaluated = max([row[0] for row in run["losses"]], default=-1)  # a resumed run has its first
-    bar = tqdm(total=config.max_iters, initial=run["step"], unit="char", unit_scale=chars, disable=rank > 0 or None)
+    say = tqdm.write if RANK == 0 else lambda line: None  # prints above the progress bar
+    device = torch.cuda.get_device_name() if config.device == "cuda" else config.device
+    say(f"device  {device}, {config.dtype}{', compiled' * (fast is not model)}{f', {WORLD} processes' * (WORLD > 1)}")
+    say(f"model   {sum(p.numel() for p in model.parameters()):,} parameters, {config.out}, "
+        f"{'already ' * (run['step'] >= config.max_iters)}at step {run['step']:,} of {config.max_iters:,}")
+    bar = tqdm(total=config.max_iters, initial=run["step"], unit="char", disable=RANK > 0 or None,
+               unit_scale=config.batch_size * config.grad_accum * config.block_size)
     with stop_requests() as asked, bar:
         for step in range(run["step"], config.max_iters + 1):
-            stop = torch.tensor(len(asked))
-            if world > 1:
+            stop = torch.tensor(len(asked) + (step == config.max_iters))
+            if WORLD > 1:
                 dist.all_reduce(stop)  # all leave the loop at the same step
-            due = (step % config.eval_interval == 0 or step == config.max_iters) and step > evaluated
-            if (due or stop) and rank == 0:
+            due = (step % config.eval_interval == 0 or step == config.max_iters) and step not in run["losses"]
+            if (due or stop) and RANK == 0:
                 if not all(p.isfinite().all() for p in model.parameters()):
                     raise ValueError(f"the weights are no numbers any more at step {step}: lower --learning_rate")
                 if due:
-                    losses = estimate_loss(fast, splits, config)
+                    run["losses"][step] = losses = estimate_loss(fast, splits, config)
                     say(f"step {step:6,d}   train {losses['train']:.4f}   val {losses['val']:.4f}")
-                    run["losses"].append((step, losses["train"], losses["val"]))
-                    if losses["val"] < run["best"]["loss"]:
-                        weights = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
-                        run["best"] = {"loss": losses["val"], "model": weights}
                 run |= {"step": step, "model": model.state_dict(),
                         "optimizer": [optimizer.state_dict()["state"] for optimizer in optimizers]}
+                # For pairs the latest weights are best: a held-out pair asks for a fact never told, so its loss rises
+                # while the model learns.
+                if config.answers_prompts or due and losses["val"] <= min(row["val"] for row in run["losses"].values()):
+                    run["best"] = {name: tensor.to("cpu", copy=True) for name, tensor in run["model"].items()}
                 save_checkpoint(config.out, run)
-            if stop or step == config.max_iters:
+            if stop:
                 break
             loss = training_step(parallel, optimizers, splits["train"], config, step)
             bar.update()
             if step % 10 == 0 and not bar.disable:
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    if rank == 0:
+    if RANK == 0:
         report(run, model, tokenizer, config)
-    if dist.is_initialized():
+    if WORLD > 1:
         dist.destroy_process_group()
     return model.eval()
 
 
 def printable(text):
     """Text as a terminal may see it: control characters, which could move the cursor or worse, become UNK."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else UNK for c in text)
+    return "".join(c if c in "\n\t" or category(c)[0] != "C" else UNK for c in text)
 
 
 def report(run, model, tokenizer, config):
     """What a run came to: losses, their curve, memory, a sample, and how to go on."""
-    (step, train_loss, val_loss), curve = run["losses"][-1], [row[2] for row in run["losses"]]
+    curve = [losses["val"] for losses in run["losses"].values()]
     low, high = min(curve), max(curve)
     spark = "".join("▁▂▃▄▅▆▇█"[round(7 * (loss - low) / (high - low or 1))] for loss in curve)
-    print(f"losses  train {train_loss:.4f}, val {val_loss:.4f} at step {step:,}; best val {low:.4f}   {spark}")
-    if config.device.startswith("cuda"):
+    step, losses = list(run["losses"].items())[-1]
+    print(f"losses  train {losses['train']:.4f}, val {losses['val']:.4f} at step {step:,}; best {low:.4f}   {spark}")
+    if config.device == "cuda":
         print(f"memory  {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU at the most")
     if run["step"] < config.max_iters:
         print(f"stopped at step {run['step']:,} of {config.max_iters:,}; the same command carries on")
@@ -717,39 +684,34 @@ def report(run, model, tokenizer, config):
         print(f"\nsaved   {config.out}; talk to it: python chat.py --model {shlex.quote(config.out)}")
 
 
-def tune(config, fixed=()):
+def tune(config):
     """Times micro-batch sizes, dtypes and compilation at an unchanged total batch; prints a table and the best command.
 
-    dtype and compile stay as they are if named in fixed. Efficiency testing: time the parts, change what takes longest.
+    Efficiency testing: time the parts, then change what takes longest.
     """
     splits, tokenizer = load_data(config)
     total, steps, rates = config.batch_size * config.grad_accum, 5, {}
     accums = [n for n in (1, 2, 4) if total % n == 0]
-    dtypes = [config.dtype] if "dtype" in fixed else ["float32", "bfloat16"]
-    fusing = [config.compile] if "compile" in fixed else [False, True]
     print("batch_size grad_accum     dtype compile     chars/s   ms:   batch  forward backward   update")
-    for accum, dtype, fuse in itertools.product(accums, dtypes, fusing):
+    for accum, dtype, fuse in itertools.product(accums, ("float32", "bfloat16"), (False, True)):
         trial = replace(config, batch_size=total // accum, grad_accum=accum, dtype=dtype, compile=fuse)
-        times = [time.perf_counter()]
+        marks, spent = [], {}
 
         def lap(part):
-            if trial.device.startswith("cuda"):
+            if trial.device == "cuda":
                 torch.cuda.synchronize()  # the GPU works on while Python goes ahead
-            now = time.perf_counter()
-            spent[part], times[0] = spent[part] + now - times[0], now
+            marks.append((part, time.perf_counter()))
 
         try:
             torch.compiler.reset()
-            torch.manual_seed(trial.seed)
-            model = GPT(trial, tokenizer.vocab_size).to(find_device(trial.device))
-            optimizers, fast = make_optimizers(model, trial), compiled(model, splits["train"], trial)
+            model, optimizers, fast = build(trial, tokenizer.vocab_size, splits["train"])
             if fuse and fast is model:
                 continue
             for step in range(3 + steps):
-                if step in (0, 3):  # the first three warm up
-                    spent = dict.fromkeys(("batch", "forward", "backward", "update"), 0.0)
-                    times[0] = time.perf_counter()
                 training_step(fast, optimizers, splits["train"], trial, step, lap)
+                marks = marks[-1:] if step < 3 else marks  # the first three warm up
+            for (_, before), (part, now) in itertools.pairwise(marks):
+                spent[part] = spent.get(part, 0) + now - before
             rate = steps * total * config.block_size / sum(spent.values())
             rates[rate] = trial
             result = f"{rate:11,.0f}      " + "".join(f"{1000 * seconds / steps:9.1f}" for seconds in spent.values())
@@ -762,61 +724,44 @@ def tune(config, fixed=()):
 
 # ------------------------------------------------------------------------------------------------------- command line
 
-def command_line(main):
-    """Makes main(argv) return an exit status: 0, or 2 after a user's mistake, which is one line on stderr."""
-    @wraps(main)
-    def run(argv=None):
-        try:
-            if hasattr(sys.stdout, "reconfigure"):
-                sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" and does not stop the run
-            main(argv)
-            return 0
-        except (ValueError, OSError) as error:
-            text = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
-            print(f"{Path(main.__code__.co_filename).name}: {printable(' '.join(text.split()))}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            return 130
-
-    return run
-
-
 class Parser(argparse.ArgumentParser):
-    """Command-line flags without abbreviations; a mistake raises ValueError and prints no usage text."""
+    """Command-line flags without abbreviations. A mistake is one line on stderr, no usage text, and exit status 2."""
 
     def __init__(self, name, doc, **options):
         super().__init__(prog=name, description=doc.split("\n")[0], allow_abbrev=False, **options)
 
     def error(self, message):
-        raise ValueError(message.removeprefix("argument "))
+        self.exit(2, f"{self.prog}: {printable(' '.join(str(message).split()))}\n")
 
 
-@command_line
 def main(argv=None):
-    """The command line: trains, or with --tune looks for the fastest settings. Returns the exit status."""
+    """The command line: trains, or with --tune looks for the fastest settings."""
     parser = Parser("gpt.py", __doc__, argument_default=argparse.SUPPRESS)
     notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for field in fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
         parser.add_argument(f"--{field.name}", help=f"{notes[field.name]} ({field.default})", **kind)
-    parser.add_argument("--tune", action="store_true", help="find the fastest settings for this machine")
+    parser.add_argument("--tune", action="store_true", default=False, help="find the fastest settings for this machine")
     flags = vars(parser.parse_args(argv))
-    tuning = flags.pop("tune", False)
-    out = Config(**{k: v for k, v in flags.items() if k in ("data", "out")}).out
-    source = out if os.path.exists(out) else flags.get("init_from")
-    saved = load_checkpoint(source)["config"] if source else {}
-    names = set(saved) - {"device", "dtype", "compile", "out"} if source == out else ARCHITECTURE
-    # A flag beats the checkpoint, and the checkpoint beats what the device wants.
-    config = Config(**{**device_defaults(flags.get("device", Config.device)),
-                       **{k: v for k, v in saved.items() if k in names}, **flags, "out": out})
+    tuning = flags.pop("tune")
     try:
-        tune(config, flags) if tuning else train(config)
-    except RuntimeError as error:
-        if not re.search("out of memory|allocate memory", str(error)):
-            raise
-        raise ValueError(f"out of memory on {config.device}: try --batch_size {max(1, config.batch_size // 2)} "
-                         f"--grad_accum {2 * config.grad_accum}, then a smaller block_size, n_embd, n_layer") from None
+        out = Config(**{name: flags[name] for name in ("data", "out") if name in flags}).out
+        path = out if os.path.exists(out) else flags.get("init_from")
+        saved = load_checkpoint(path)["config"] if path else {}
+        kept = saved.keys() - {"device", "dtype", "compile", "out"} if path == out else ARCHITECTURE
+        # A flag beats the checkpoint, and the checkpoint beats what the device wants.
+        config = Config(**device_defaults(flags.get("device", Config.device))
+                        | {name: value for name, value in saved.items() if name in kept} | flags | {"out": out})
+        tune(config) if tuning else train(config)
+    except torch.OutOfMemoryError:
+        parser.error(f"out of memory on {config.device}: try --batch_size {max(1, config.batch_size // 2)} "
+                     f"--grad_accum {2 * config.grad_accum}, then a smaller block_size, n_embd or n_layer")
+    except (ValueError, OSError) as error:
+        parser.error(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" and does not stop the run
+    main()
