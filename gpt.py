@@ -57,7 +57,8 @@ class Config:
 
     def __post_init__(self):
         self.out = self.out or (Path(self.data).resolve().stem if self.data else "model") + ".pkl"
-        choices = {"optimizer": ("adamw", "muon"), "dtype": ("float32", "bfloat16"), "device": DEVICES}
+        self.answers_prompts = self.data.endswith(".jsonl")  # chat then takes a line and waits for the answer's end
+        choices = {"optimizer": ("adamw", "muon"), "dtype": ("float32", "bfloat16")}
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             low = 0 if field.type is float or name in ("n_layer", "max_iters", "warmup_iters", "seed") else 1
@@ -68,11 +69,6 @@ class Config:
                 raise ValueError(f"{name} must be {' or '.join(choices[name])}, not {value!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} must be divisible by n_head {self.n_head}: the heads share it out")
-
-    @property
-    def answers_prompts(self):
-        """Whether data is pairs of prompt and completion: chat then takes a line and waits for the answer's end."""
-        return self.data.endswith(".jsonl")
 
 
 ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer")  # what the shapes of the weights depend on
@@ -398,10 +394,10 @@ def estimate_loss(model, splits, config):
     training, losses = model.training, {}
     model.eval()
     for name, data in splits.items():
-        count, last = config.eval_iters * config.batch_size, len(data) - config.block_size - 1
-        starts = np.linspace(0, last, count, dtype=np.int64).reshape(config.eval_iters, -1)
+        last, count = len(data) - config.block_size - 1, config.eval_iters * config.batch_size
+        starts = np.split(np.linspace(0, last, count, dtype=np.int64), config.eval_iters)
         with autocast(config):
-            losses[name] = torch.stack([model(*get_batch(data, config, row))[1] for row in starts]).mean().item()
+            losses[name] = torch.stack([model(*get_batch(data, config, some))[1] for some in starts]).mean().item()
     model.train(training)
     return losses
 
@@ -432,7 +428,7 @@ def load_checkpoint(path):
     with open(path, "rb") as file, warnings.catch_warnings(record=True):  # none is shown
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)
-            config = Config(**{**saved["config"], "device": "cpu"})
+            config = Config(**saved["config"])
             with torch.device("meta"):
                 model = GPT(config, CharTokenizer(saved["chars"]).vocab_size)
             restore(make_optimizers(model, config), saved["optimizer"])
@@ -460,11 +456,25 @@ def load_model(path, device="cpu"):
     config, tokenizer = Config(**{**saved["config"], "device": device}), CharTokenizer(saved["chars"])
     model = GPT(config, tokenizer.vocab_size)
     model.load_state_dict(saved["best"])
-    return model.to(device).eval(), tokenizer, config
+    return model.to(find_device(device)).eval(), tokenizer, config
+
 
 # ----------------------------------------------------------------------------------------------------------- training
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun starts a process a GPU
+
+
+def find_device(name):
+    """name, ready for use, or ValueError if this machine has no such device.
+
+    A GPU does the many sums of a matrix product side by side. Tensors that meet in one must be on the same device.
+    """
+    if name not in DEVICES:
+        raise ValueError(f"device must be {' or '.join(DEVICES)} on this machine, not {name!r}")
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # under torchrun each process has a GPU of its own
+        torch.set_float32_matmul_precision("high")  # TF32, far faster
+    return name
 
 
 def learning_rate(step, config):
@@ -496,12 +506,8 @@ def make_optimizers(model, config):
 
 def build(config, vocab_size, data):
     """(a new model on its device, its optimizers, the model as training calls it: compiled if config asks for that)."""
-    if config.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # under torchrun each process has a GPU of its own
-        torch.set_float32_matmul_precision("high")  # TF32, far faster
     torch.manual_seed(config.seed)
-    # A GPU does the many sums of a matrix product side by side; tensors that meet in one must share a device.
-    model = fast = GPT(config, vocab_size).to(config.device)
+    model = fast = GPT(config, vocab_size).to(find_device(config.device))
     if config.compile:
         try:  # compilers fail late, when they first meet a batch
             fast = torch.compile(model)
