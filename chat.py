@@ -40,16 +40,10 @@ class Int8Linear(nn.Module):
 
 def quantize(model):
     """Turns every nn.Linear into an Int8Linear and the rest into bfloat16, in place."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(module, name, Int8Linear(child))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.set_submodule(name, Int8Linear(module))
     return model.bfloat16()
-
-
-def size(model):
-    """Bytes of weights."""
-    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
 
 
 class Chat:
@@ -68,15 +62,12 @@ class Chat:
         ids = self.tokenizer.encode(prompt + "\n" * self.answers).tolist()
         if unknown := ids.count(self.tokenizer.unk):
             print(f"(characters that the model has never seen: {unknown})", file=sys.stderr)
-        if self.answers and self.context[-1:] != [self.tokenizer.end]:
-            self.context.append(self.tokenizer.end)
-        self.context += ids
+        self.context += [self.tokenizer.end] * self.answers + ids
         self.context = self.context or [self.tokenizer.end]  # nothing yet: a text begins where another ended
-        index = torch.tensor([self.context[-self.model.config.block_size :]], device=self.device)
-        for token in self.model.stream(index, **self.options):
-            self.context.append(token.item())
+        for token in self.model.stream(torch.tensor([self.context], device=self.device), **self.options):
             if self.answers and token.item() == self.tokenizer.end:
                 return
+            self.context.append(token.item())
             yield gpt.printable(self.tokenizer.decode([token.item()]).replace(gpt.END, "\n"))
 
     def show(self, prompt, stats=False):
@@ -109,8 +100,7 @@ def talk(chat, stats):
         if line == "/clear":
             chat.context = []
         elif line == "/help":
-            print("/clear forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C stops an answer; "
-                  "after an empty line a base model goes on", file=sys.stderr)
+            print("/clear forgets, /quit or Ctrl-D leaves, Ctrl-C stops, an empty line goes on", file=sys.stderr)
         elif line or not chat.answers:
             print(end="" if terminal or chat.answers else gpt.printable(line))  # in a pipe, the text that goes on
             chat.show(line, stats)
@@ -136,7 +126,8 @@ def main(argv=None):
                 raise ValueError(f"--{name} must be at least {low}, not {getattr(flags, name)}")
         model, tokenizer, config = gpt.load_model(flags.model, flags.device)
         if flags.int8:
-            before, after = size(model) / 2**20, size(quantize(model)) / 2**20
+            before = sum(t.nbytes for t in model.state_dict().values()) / 2**20
+            after = sum(t.nbytes for t in quantize(model).state_dict().values()) / 2**20
             print(f"weights: {before:.1f} MiB, as int8 {after:.1f} MiB", file=sys.stderr)
         chat = Chat(model, tokenizer, config, max_new_tokens=flags.max_new_tokens, temperature=flags.temperature,
                     top_k=flags.top_k or None)

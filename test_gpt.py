@@ -535,8 +535,7 @@ def test_fine_tuning_answers_prompts_and_stops_at_end(capsys):
     talk = chat.Chat(model, tokenizer, config, temperature=0, max_new_tokens=50)
     for prompt, completion in pairs * 2:  # over several turns
         assert "".join(talk.answer(prompt)) == completion
-    text = tokenizer.decode(talk.context)
-    assert text.startswith(f"{END}the cat\nsat{END}a dog\nran{END}") and text.endswith(END)
+    assert tokenizer.decode(talk.context).startswith(f"{END}the cat\nsat{END}a dog\nran{END}on a mat\n")
     assert run([*CHAT, "--model", "pairs.pkl", "--temperature", "0"], input="a dog\nthe cat\n").stdout == "ran\nsat\n"
 
 
@@ -549,9 +548,11 @@ def test_a_short_text_is_memorised_and_int8_is_close_in_a_quarter_of_the_size(mo
     recited = model.generate(torch.from_numpy(tokenizer.encode(text[:32])[None].astype(np.int64)), 168, top_k=1)
     assert tokenizer.decode(recited[0].tolist()) == text
     x, y = gpt.get_batch(splits["val"], config, np.arange(4))
-    (logits, loss), before = model(x, y), chat.size(model)
+    logits, loss = model(x, y)
+    before = sum(t.nbytes for t in model.state_dict().values())
     model = chat.quantize(model)
-    assert not any(isinstance(m, torch.nn.Linear) for m in model.modules()) and chat.size(model) < 0.3 * before
+    assert not any(isinstance(m, torch.nn.Linear) for m in model.modules())
+    assert sum(t.nbytes for t in model.state_dict().values()) < 0.3 * before
     odd = chat.quantize(model_of(n_embd=36))  # the fast product would read past the end of such rows
     assert odd.generate(x[:1, :3] % 11, 5).shape == (1, 8)
     linear, z, products = chat.Int8Linear(torch.nn.Linear(64, 32).bfloat16()), torch.randn(2, 3, 64).bfloat16(), []
