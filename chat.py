@@ -108,7 +108,7 @@ def talk(chat, stats):
 
 def main(argv=None):
     """The command line."""
-    parser = gpt.Parser("chat.py", __doc__)
+    parser = gpt.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--model", default="model.pkl", help="checkpoint (model.pkl)")
     parser.add_argument("--prompt", help="answer this and exit")
     parser.add_argument("--max_new_tokens", type=int, default=500, help="longest answer (500)")

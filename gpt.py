@@ -731,10 +731,7 @@ def tune(config):
 # ------------------------------------------------------------------------------------------------------- command line
 
 class Parser(argparse.ArgumentParser):
-    """Command-line flags without abbreviations. A mistake is one line on stderr, no usage text, and exit status 2."""
-
-    def __init__(self, name, doc, **options):
-        super().__init__(prog=name, description=doc.split("\n")[0], allow_abbrev=False, **options)
+    """Command-line flags of which a mistake is one line on stderr, without usage text, and exit status 2."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {printable(' '.join(str(message).split()))}\n")
@@ -742,7 +739,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv=None):
     """The command line: trains, or with --tune looks for the fastest settings."""
-    parser = Parser("gpt.py", __doc__, argument_default=argparse.SUPPRESS)
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
     notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for field in fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
