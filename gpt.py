@@ -11,7 +11,7 @@ B batch (texts side by side), T time (characters in a text), C channels (n_embd 
 H heads, D head size (C / H), V vocabulary.
 """
 import argparse, hashlib, inspect, itertools, json, math, os, re, shlex, signal, sys, threading, time, warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from unicodedata import category
@@ -549,20 +549,18 @@ def training_step(model, optimizers, data, config, step, lap=lambda part: None):
 
 @contextmanager
 def stop_requests():
-    """A list that fills when Ctrl-C or SIGTERM asks to stop. Asked again, they do what they always do."""
-    asked, before = [], {}
+    """A list that fills when Ctrl-C or SIGTERM asks to stop. Asked again, and afterwards, they do what they always do."""
+    asked, usual = [], ExitStack()
 
     def ask(number, frame):
         asked.append(number)
-        signal.signal(number, before[number])
+        usual.close()
 
-    if threading.current_thread() is threading.main_thread():  # which alone gets signals
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with usual:  # when it closes, each signal gets its usual handler back, which signal.signal returns
+        if threading.current_thread() is threading.main_thread():  # which alone gets signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                usual.callback(signal.signal, number, signal.signal(number, ask))
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def command(config):
