@@ -10,7 +10,7 @@ freeCodeCamp course "Create a Large Language Model from Scratch with Python" bui
 B batch (texts side by side), T time (characters in a text), C channels (n_embd numbers that describe a character),
 H heads, D head size (C / H), V vocabulary.
 """
-import argparse, hashlib, inspect, itertools, json, math, os, re, shlex, signal, sys, threading, time, warnings
+import argparse, hashlib, inspect, itertools, json, math, os, re, shlex, signal, sys, time, warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -549,7 +549,7 @@ def training_step(model, optimizers, data, config, step, lap=lambda part: None):
 
 @contextmanager
 def stop_requests():
-    """A list that fills when Ctrl-C or SIGTERM asks to stop. Asked again, and afterwards, they do what they always do."""
+    """A list that fills when Ctrl-C or SIGTERM asks to stop. Asked again, and later, they do what they always do."""
     asked, usual = [], ExitStack()
 
     def ask(number, frame):
@@ -557,9 +557,8 @@ def stop_requests():
         usual.close()
 
     with usual:  # when it closes, each signal gets its usual handler back, which signal.signal returns
-        if threading.current_thread() is threading.main_thread():  # which alone gets signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                usual.callback(signal.signal, number, signal.signal(number, ask))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            usual.callback(signal.signal, number, signal.signal(number, ask))
         yield asked
 
 
