@@ -625,10 +625,10 @@ def train(config):
     say(f"device  {device}, {config.dtype}{', compiled' * (fast is not model)}{f', {WORLD} processes' * (WORLD > 1)}")
     say(f"model   {sum(p.numel() for p in model.parameters()):,} parameters, {config.out}, "
         f"{'already ' * (run['step'] >= config.max_iters)}at step {run['step']:,} of {config.max_iters:,}")
-    bar = tqdm(total=config.max_iters, initial=run["step"], unit="char", disable=RANK > 0 or None,
-               unit_scale=config.batch_size * config.grad_accum * config.block_size)
+    bar = tqdm(range(run["step"], config.max_iters + 1), total=config.max_iters, initial=run["step"], unit="char",
+               unit_scale=config.batch_size * config.grad_accum * config.block_size, disable=RANK > 0 or None)
     with stop_requests() as asked, bar:
-        for step in range(run["step"], config.max_iters + 1):
+        for step in bar:
             stop = torch.tensor(len(asked) + (step == config.max_iters))
             if WORLD > 1:
                 dist.all_reduce(stop)  # all leave the loop at the same step
@@ -649,7 +649,6 @@ def train(config):
             if stop:
                 break
             loss = training_step(parallel, optimizers, splits["train"], config, step)
-            bar.update()
             if step % 10 == 0 and not bar.disable:
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     if RANK == 0:
