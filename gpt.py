@@ -654,6 +654,7 @@ def train(config):
     if RANK == 0:
         report(run, model, tokenizer, config)
     if WORLD > 1:
+        dist.barrier()  # else a process that ends at once hangs, one time in four: gloo still holds stop
         dist.destroy_process_group()
     return model.eval()
 
