@@ -615,16 +615,14 @@ def train(config):
     if run["model"]:
         model.load_state_dict(run["model"])
     restore(optimizers, run["optimizer"])
-    parallel = fast
-    if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo")
-        parallel = nn.parallel.DistributedDataParallel(fast)
-
     say = tqdm.write if RANK == 0 else lambda line: None  # prints above the progress bar
     device = torch.cuda.get_device_name() if config.device == "cuda" else config.device
     say(f"device  {device}, {config.dtype}{', compiled' * (fast is not model)}{f', {WORLD} processes' * (WORLD > 1)}")
     say(f"model   {sum(p.numel() for p in model.parameters()):,} parameters, {config.out}, "
         f"{'already ' * (run['step'] >= config.max_iters)}at step {run['step']:,} of {config.max_iters:,}")
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo")
+        fast = nn.parallel.DistributedDataParallel(fast)  # sends gradients only: process 0 may evaluate alone
     bar = tqdm(range(run["step"], config.max_iters + 1), total=config.max_iters, initial=run["step"], unit="char",
                unit_scale=config.batch_size * config.grad_accum * config.block_size, disable=RANK > 0 or None)
     with stop_requests() as asked, bar:
@@ -648,7 +646,7 @@ def train(config):
                 save_checkpoint(config.out, run)
             if stop:
                 break
-            loss = training_step(parallel, optimizers, splits["train"], config, step)
+            loss = training_step(fast, optimizers, splits["train"], config, step)
             if step % 10 == 0 and not bar.disable:
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     if RANK == 0:
