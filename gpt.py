@@ -78,10 +78,9 @@ def device_defaults(device):
     """What a device wants other than the values above, which are for a CPU: a GPU gets the course's larger model."""
     if device != "cuda":
         return {}
-    in_hardware = "cuda" in DEVICES and torch.cuda.is_bf16_supported(including_emulation=False)
     return dict(batch_size=64, block_size=256, max_iters=5000, n_embd=384, n_head=8, n_layer=8, dropout=0.2,
                 learning_rate=1e-3, warmup_iters=200, eval_interval=500, eval_iters=20, compile=True,
-                dtype="bfloat16" if in_hardware else "float32")
+                dtype="bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32")  # hardware
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
