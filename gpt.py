@@ -377,7 +377,6 @@ def autocast(config):
     return torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
-@torch.no_grad()
 def estimate_loss(model, splits, config):
     """Mean loss over eval_iters batches of each split: {"train": float, "val": float}.
 
@@ -386,11 +385,11 @@ def estimate_loss(model, splits, config):
     """
     training, losses = model.training, {}
     model.eval()
-    for name, data in splits.items():
-        last, count = len(data) - config.block_size - 1, config.eval_iters * config.batch_size
-        starts = np.split(np.linspace(0, last, count, dtype=np.int64), config.eval_iters)
-        with autocast(config):
-            losses[name] = torch.stack([model(*get_batch(data, config, some))[1] for some in starts]).mean().item()
+    with torch.no_grad(), autocast(config):
+        for name, data in splits.items():
+            last, count = len(data) - config.block_size - 1, config.eval_iters * config.batch_size
+            starts = np.linspace(0, last, count, dtype=np.int64).reshape(config.eval_iters, config.batch_size)
+            losses[name] = torch.stack([model(*get_batch(data, config, row))[1] for row in starts]).mean().item()
     model.train(training)
     return losses
 
