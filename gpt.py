@@ -139,16 +139,14 @@ def read_text(path):
 
 
 def read_pairs(path):
-    """A .jsonl of {"prompt": ..., "completion": ...} lines -> one document a pair. ValueError names a bad line."""
-    documents = []
+    """A .jsonl of {"prompt": ..., "completion": ...} lines: yields a document a pair. ValueError names a bad line."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         try:
             if line.strip():
                 pair = json.loads(line)
-                documents.append(clean(pair["prompt"] + "\n" + pair["completion"]) + END)
+                yield clean(pair["prompt"] + "\n" + pair["completion"]) + END
         except (ValueError, TypeError, KeyError):
             raise ValueError(f'{path}, line {number}: not {{"prompt": "...", "completion": "..."}}') from None
-    return documents
 
 
 def read_folder(folder):
@@ -178,7 +176,7 @@ def load_data(config, tokenizer=None):
         tokenizer = own
     else:
         if config.answers_prompts:
-            pairs = read_pairs(config.data)
+            pairs = list(read_pairs(config.data))
             cut = int(0.9 * len(pairs))
             parts = "".join(pairs[:cut]), "".join(pairs[cut:])
             # A handful of pairs is a fair corpus: it is repeated until a block fits.
