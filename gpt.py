@@ -166,14 +166,12 @@ def load_data(config, tokenizer=None):
     """The corpus that config.data names -> ({"train": ids, "val": ids}, tokenizer). ids: 1-D uint16, array or memmap.
 
     The first 90 % are for training and the rest for validation: an exam needs questions that the homework had not, or
-    memorising would look like learning. A given tokenizer (fine-tuning, training on) is kept; else the text makes one.
+    memorising would look like learning. A folder has its own tokenizer; a text takes the given one (fine-tuning,
+    training on) or makes one.
     ValueError if the corpus is too small or broken, OSError if it cannot be read.
     """
-    if config.data and os.path.isdir(config.data):
-        splits, own = read_folder(config.data)
-        if tokenizer and tokenizer.chars != own.chars:
-            raise ValueError(f"{config.data}: its vocabulary is not the model's")
-        tokenizer = own
+    if os.path.isdir(config.data):
+        splits, tokenizer = read_folder(config.data)
     else:
         if config.answers_prompts:
             pairs = list(read_pairs(config.data))
@@ -574,6 +572,8 @@ def open_run(config):
     path = config.out if resuming else config.init_from
     saved = load_checkpoint(path) if path else None
     splits, tokenizer = load_data(config, CharTokenizer(saved["chars"]) if saved else None)
+    if saved and tokenizer.chars != saved["chars"]:
+        raise ValueError(f"{config.data}: its vocabulary is not the model's")
     sample = np.concatenate([ids[: 2**23] for ids in splits.values()])  # all of it may be 40 GB
     if (largest := sample.max()) >= tokenizer.vocab_size:
         raise ValueError(f"{config.data}: holds id {largest}, and its vocabulary ends at {tokenizer.vocab_size - 1}")
