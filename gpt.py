@@ -689,8 +689,7 @@ def tune(config):
         marks, spent = [], {}
 
         def lap(part):
-            if trial.device == "cuda":
-                torch.cuda.synchronize()  # the GPU works on while Python goes ahead
+            getattr(torch, trial.device).synchronize()  # a GPU works on while Python goes ahead
             marks.append((part, time.perf_counter()))
 
         try:
