@@ -422,9 +422,8 @@ def load_checkpoint(path):
             restore(make_optimizers(model, config), saved["optimizer"])
             for weights in (saved["model"], saved["best"]):
                 model.load_state_dict({**weights}, assign=True)  # RuntimeError where names or shapes differ
-            if not {"corpus", "step", "losses"} <= saved.keys():
-                raise ValueError("its record of the run is incomplete")
-            return {**saved, "config": asdict(config)}
+            rest = ("chars", "corpus", "step", "losses", "best", "model", "optimizer")
+            return {"config": asdict(config), **{name: saved[name] for name in rest}}
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".split(". ")[0][:150]
             raise ValueError(f"{path}: no checkpoint of gpt.py, or damaged: {reason}") from error
