@@ -10,15 +10,13 @@ freeCodeCamp course "Create a Large Language Model from Scratch with Python" bui
 B batch (texts side by side), T time (characters in a text), C channels (n_embd numbers that describe a character),
 H heads, D head size (C / H), V vocabulary.
 """
-import argparse, hashlib, inspect, itertools, json, math, os, re, shlex, signal, sys, time, warnings
+import argparse, hashlib, inspect, itertools, json, math, os, re, shlex, signal, sys, time, unicodedata, warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from unicodedata import category
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -616,7 +614,7 @@ def train(config):
     say(f"model   {sum(p.numel() for p in model.parameters()):,} parameters, {config.out}, "
         f"{'already ' * (run['step'] >= config.max_iters)}at step {run['step']:,} of {config.max_iters:,}")
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo")
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo")
         fast = nn.parallel.DistributedDataParallel(fast)  # sends gradients only: process 0 may evaluate alone
     bar = tqdm(range(run["step"], config.max_iters + 1), total=config.max_iters, initial=run["step"], unit="char",
                unit_scale=config.batch_size * config.grad_accum * config.block_size, disable=RANK > 0 or None)
@@ -624,7 +622,7 @@ def train(config):
         for step in bar:
             stop = torch.tensor(len(asked) + (step == config.max_iters))
             if WORLD > 1:
-                dist.all_reduce(stop)  # all leave the loop at the same step
+                torch.distributed.all_reduce(stop)  # all leave the loop at the same step
             due = (step % config.eval_interval == 0 or step == config.max_iters) and step not in run["losses"]
             if (due or stop) and RANK == 0:
                 if not all(p.isfinite().all() for p in model.parameters()):
@@ -648,13 +646,13 @@ def train(config):
         report(run, model, tokenizer, config)
     if WORLD > 1:
         time.sleep(0.5)  # lets gloo's thread drop stop, for which it needs Python's lock; the next line would keep it
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
     return model.eval()
 
 
 def printable(text):
     """Text as a terminal may see it: control characters, which could move the cursor or worse, become UNK."""
-    return "".join(c if c in "\n\t" or category(c)[0] != "C" else UNK for c in text)
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else UNK for c in text)
 
 
 def report(run, model, tokenizer, config):
