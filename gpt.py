@@ -496,9 +496,7 @@ def build(config, vocab_size, data):
     if config.compile:
         try:  # compilers fail late, when they first meet a batch
             fast = torch.compile(model)
-            with autocast(config):
-                loss = fast(*get_batch(data, config))[1]
-            loss.backward()
+            training_step(fast, [], data, config, step=0)
             model.zero_grad()
         except Exception as error:
             fast = model
