@@ -263,8 +263,12 @@ class FeedForward(nn.Sequential):
     """
 
     def __init__(self, config):
-        super().__init__(nn.Linear(config.n_embd, 4 * config.n_embd), nn.ReLU(),
+        super().__init__(nn.Linear(config.n_embd, 4 * config.n_embd), nn.ReLU(inplace=True),
                          nn.Linear(4 * config.n_embd, config.n_embd), nn.Dropout(config.dropout))
+
+    def forward(self, x):
+        # As a matrix, (B * T, C): with more dimensions the ReLU in place would cost a copy.
+        return super().forward(x.flatten(0, -2)).view_as(x)
 
 
 class Block(nn.Module):
