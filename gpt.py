@@ -293,15 +293,17 @@ class Cache:
     """The keys and values of the characters read so far (see Head), so that a new one costs 1 position and not T."""
 
     def __init__(self, config, batch_size, like):
-        self.layers = like.new_empty(config.n_layer, 2, batch_size, config.n_head, config.block_size,
-                                     config.n_embd // config.n_head)  # (layers, keys and values, B, H, T, D)
+        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.layers = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(config.n_layer)]
         self.position = 0  # how many characters are in
 
     def extend(self, layer, k, v):
         """Keeps k and v (B, H, T, D) of the new characters; returns those of all characters up to now."""
-        end = self.position + k.shape[2]
-        self.layers[layer, :, :, :, self.position : end] = torch.stack((k, v))
-        return self.layers[layer, :, :, :, :end]
+        keys, values = self.layers[layer]
+        start, count = self.position, k.shape[2]
+        keys.narrow(2, start, count).copy_(k)  # narrow(2, ...) is [:, :, start : start + count], in less time
+        values.narrow(2, start, count).copy_(v)
+        return keys.narrow(2, 0, start + count), values.narrow(2, 0, start + count)
 
 
 class GPT(nn.Module):
