@@ -193,7 +193,7 @@ def main(argv=None):
             if not low <= flags[name] <= high:
                 raise ValueError(f"--{name} must be from {low} to {high}, not {flags[name]}")
         for source in flags.pop("sources"):
-            inside = [f for f in source.iterdir() if f.suffix in (".tar", ".xz", ".txt")] if source.is_dir() else [source]
+            inside = (f for f in source.iterdir() if f.suffix in (".tar", ".xz", ".txt")) if source.is_dir() else [source]
             files += sorted(inside)
         if out.exists() and {p.name for p in out.iterdir()} - {"train.bin", "val.bin", "vocab.json", "corpus.json"}:
             raise ValueError(f"{out}: holds other files; name a folder of its own with --out")
