@@ -119,10 +119,10 @@ def main(argv=None):
     parser.add_argument("--stats", action="store_true", help="characters per second after each answer")
     parser.add_argument("--int8", action="store_true", help="8 bits a weight")
     flags = parser.parse_args(argv)
-    torch.manual_seed(flags.seed) if flags.seed is not None else torch.seed()
+    torch.manual_seed(flags.seed % 2**63) if flags.seed is not None else torch.seed()
     try:
         for name, low in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
-            if not getattr(flags, name) >= low:
+            if not low <= getattr(flags, name) < 2**31:
                 raise ValueError(f"--{name} must be at least {low}, not {getattr(flags, name)}")
         model, tokenizer, config = gpt.load_model(flags.model, flags.device)
         if flags.int8:

@@ -11,7 +11,7 @@ B batch (texts side by side), T time (characters in a text), C channels (n_embd 
 H heads, D head size (C / H), V vocabulary.
 """
 import argparse, hashlib, inspect, itertools, json, math, os, re, shlex, signal, sys, time, unicodedata, warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -54,11 +54,14 @@ class Config:
     compile: bool = False         # let torch.compile merge small operations into fast ones
 
     def __post_init__(self):
+        self.data, self.out = (os.fspath(name) for name in (self.data, self.out))  # a Path will do
         self.out = self.out or (Path(self.data).resolve().stem if self.data else "model") + ".pkl"
         self.answers_prompts = self.data.endswith(".jsonl")  # chat then takes a line and waits for the answer's end
         choices = {"optimizer": ("adamw", "muon"), "dtype": ("float32", "bfloat16")}
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
+            if type(value) not in ((int, float) if field.type is float else (field.type,)):
+                raise ValueError(f"{name} must be of type {field.type.__name__}, not {value!r}")
             low = 0 if field.type is float or name in ("n_layer", "max_iters", "warmup_iters", "seed") else 1
             high = {"dropout": 0.99, "n_layer": 1000}.get(name, 2**31)
             if field.type in (int, float) and not low <= value <= high:
@@ -417,12 +420,18 @@ def load_checkpoint(path):
     weights_only=True unpickles tensors and plain values and nothing else: a stranger's checkpoint cannot run code.
     Its tensors are tried on the meta device, which has shapes but no memory, before a real model is built.
     """
-    with open(path, "rb") as file, warnings.catch_warnings(record=True):  # none is shown
+    with open(path, "rb") as file, warnings.catch_warnings(record=True):  # shows none
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)
             config = Config(**saved["config"])
             with torch.device("meta"):
                 model = GPT(config, CharTokenizer(saved["chars"]).vocab_size)
+            states = (state for states in saved["optimizer"] for state in states.values())
+            for tensors in (saved["model"], saved["best"], *states):
+                if not all(t.layout == torch.strided and t.is_contiguous() for t in tensors.values()):
+                    raise ValueError("its tensors are smaller than they pretend")
+            if type(saved["step"]) is not int or type(saved["losses"]) is not dict:
+                raise ValueError("its record of the run is damaged")
             restore(make_optimizers(model, config), saved["optimizer"])
             for weights in (saved["model"], saved["best"]):
                 model.load_state_dict({**weights}, assign=True)  # RuntimeError where names or shapes differ
@@ -434,11 +443,14 @@ def load_checkpoint(path):
 
 
 def restore(optimizers, states):
-    """Gives optimizers the states from a checkpoint. ValueError if those are of other shapes than the weights."""
-    for optimizer, state in zip(optimizers, states):
+    """Gives optimizers the states from a checkpoint. ValueError if those do not fit the weights."""
+    for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        if any(t.shape != p.shape for p, tensors in optimizer.state.items() for t in tensors.values() if t.ndim):
-            raise ValueError("the optimizer's state does not fit the weights")
+        names = ("momentum_buffer",) if "momentum" in optimizer.defaults else ("step", "exp_avg", "exp_avg_sq")
+        for p, tensors in optimizer.state.items():
+            implied = {name: () if name == "step" else p.shape for name in names}
+            if {name: t.shape for name, t in tensors.items()} != implied:
+                raise ValueError("the optimizer's state does not fit the weights")
 
 
 def load_model(path, device="cpu"):
@@ -544,17 +556,21 @@ def training_step(model, optimizers, data, config, step, lap=lambda part: None):
 
 @contextmanager
 def stop_requests():
-    """A list that fills when Ctrl-C or SIGTERM asks to stop. Asked again, and later, they do what they always do."""
-    asked, usual = [], ExitStack()
+    """A list that fills when Ctrl-C or SIGTERM asks to stop. The same one asking twice is a KeyboardInterrupt."""
+    asked, before = [], {}
 
     def ask(number, frame):
+        if number in asked:
+            raise KeyboardInterrupt
         asked.append(number)
-        usual.close()
 
-    with usual:  # when it closes, each signal gets its usual handler back, which signal.signal returns
-        for number in (signal.SIGINT, signal.SIGTERM):
-            usual.callback(signal.signal, number, signal.signal(number, ask))
+    with suppress(ValueError):  # only a main thread gets signals
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
         yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def command(config):
@@ -592,9 +608,8 @@ def open_run(config):
             if mine[name] != theirs[name]:
                 names = (f"{config.out.removesuffix('.pkl')}-{n}.pkl" for n in itertools.count(2))
                 free = next(name for name in names if not os.path.exists(name))
-                other = command(replace(config, out=free, init_from=config.init_from * resuming))
-                raise ValueError(f"{path} was trained with {name} {theirs[name]}, not {mine[name]}; "
-                                 f"for another model: {other}")
+                mend = f"for another model: {command(replace(config, out=free))}" if resuming else "leave that flag out"
+                raise ValueError(f"{path} was trained with {name} {theirs[name]}, not {mine[name]}; {mend}")
         run = {**saved, "config": run["config"]} if resuming else {**run, "model": saved["best"]}
     return run, splits, tokenizer
 
@@ -611,7 +626,8 @@ def train(config):
     model, optimizers, fast = build(config, tokenizer.vocab_size, splits["train"])
     if run["model"]:
         model.load_state_dict(run["model"])
-    restore(optimizers, run["optimizer"])
+    if run["optimizer"]:
+        restore(optimizers, run["optimizer"])
     say = tqdm.write if RANK == 0 else lambda line: None  # prints above the progress bar
     device = torch.cuda.get_device_name() if config.device == "cuda" else config.device
     say(f"device  {device}, {config.dtype}{', compiled' * (fast is not model)}{f', {WORLD} processes' * (WORLD > 1)}")
@@ -741,7 +757,9 @@ def main(argv=None):
         config = Config(**device_defaults(flags.get("device", Config.device))
                         | {name: value for name, value in saved.items() if name in kept} | flags | {"out": out})
         tune(config) if tuning else train(config)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not re.search("out of memory|allocate memory", str(error)):
+            raise
         parser.error(f"out of memory on {config.device}: try --batch_size {max(1, config.batch_size // 2)} "
                      f"--grad_accum {2 * config.grad_accum}, then a smaller block_size, n_embd or n_layer")
     except (ValueError, OSError) as error:

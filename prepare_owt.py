@@ -64,7 +64,8 @@ def shards(path):
     elif path.suffix == ".txt":
         with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
             while text := file.read(2**22):
-                text += file.read(1) if text.endswith("\r") else ""  # do not part \r from \n
+                while text.endswith("\r") and (more := file.read(1)):  # do not part \r from \n
+                    text += more
                 yield path, [text.replace("\r\n", "\n").replace(END, UNK)], file.buffer.tell()
         yield path, [END] * (path.stat().st_size > 0), path.stat().st_size
     else:
@@ -146,6 +147,7 @@ def prepare(files, folder, sample, seed, workers, val_fraction, min_count):
 
         file.seek(0)
         units = np.memmap(folder / "train.bin", "<u2", "r")
+        # A piece ends one unit later where that keeps a pair together.
         bounds = [0, *(i + (units[i - 1] & 0xFC00 == 0xD800) for i in range(2**20, len(units), 2**20)), len(units)]
         jobs = ((units[i:j], ids) for i, j in zip(bounds, bounds[1:]))
         # A single text is cut by position, as load_data does, and others between documents.
@@ -187,30 +189,31 @@ def main(argv=None):
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{note} ({default})")
     flags = vars(parser.parse_args(argv))
     out, files = flags.pop("out"), []
-    new, old = (out.with_name(out.name + end) for end in (".tmp", ".old"))
     try:
         for name, _, low, high, _ in numbers:
             if not low <= flags[name] <= high:
                 raise ValueError(f"--{name} must be from {low} to {high}, not {flags[name]}")
         for source in flags.pop("sources"):
-            inside = (f for f in source.iterdir() if f.suffix in (".tar", ".xz", ".txt")) if source.is_dir() else [source]
-            files += sorted(inside)
+            inside = source.iterdir() if source.is_dir() else [source]
+            files += sorted(f for f in inside if f.suffix in (".tar", ".xz", ".txt") or f == source)
         if out.exists() and {p.name for p in out.iterdir()} - {"train.bin", "val.bin", "vocab.json", "corpus.json"}:
             raise ValueError(f"{out}: holds other files; name a folder of its own with --out")
+        new, old = (out.with_name(out.name + end) for end in (".tmp", ".old"))
         shutil.rmtree(new, ignore_errors=True)  # what a killed run left
         new.mkdir(parents=True)
-        corpus = prepare(files, new, **flags)
-        if out.exists():
+        try:
+            corpus = prepare(files, new, **flags)
+            if out.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                out.rename(old)
+            new.rename(out)
             shutil.rmtree(old, ignore_errors=True)
-            out.rename(old)
-        new.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
         sys.exit(130)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
     print("{documents:,} documents, {characters:,} characters, {unknown:,} of them unknown, vocabulary {vocabulary:,}"
           .format(**corpus))
     print(f"train on it: python gpt.py --data {shlex.quote(str(out))}")
