@@ -54,14 +54,10 @@ class Config:
     compile: bool = False         # let torch.compile merge small operations into fast ones
 
     def __post_init__(self):
-        self.data, self.out = (os.fspath(name) for name in (self.data, self.out))  # a Path will do
-        self.out = self.out or (Path(self.data).resolve().stem if self.data else "model") + ".pkl"
-        self.answers_prompts = self.data.endswith(".jsonl")  # chat then takes a line and waits for the answer's end
         choices = {"optimizer": ("adamw", "muon"), "dtype": ("float32", "bfloat16")}
         for field in fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if type(value) not in ((int, float) if field.type is float else (field.type,)):
-                raise ValueError(f"{name} must be of type {field.type.__name__}, not {value!r}")
+            name, value = field.name, field.type(getattr(self, field.name))  # a Path will do where a name is asked for
+            setattr(self, name, value)
             low = 0 if field.type is float or name in ("n_layer", "max_iters", "warmup_iters", "seed") else 1
             high = {"dropout": 0.99, "n_layer": 1000}.get(name, 2**31)
             if field.type in (int, float) and not low <= value <= high:
@@ -70,6 +66,8 @@ class Config:
                 raise ValueError(f"{name} must be {' or '.join(choices[name])}, not {value!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} must be divisible by n_head {self.n_head}: the heads share it out")
+        self.out = self.out or (Path(self.data).resolve().stem if self.data else "model") + ".pkl"
+        self.answers_prompts = self.data.endswith(".jsonl")  # chat then takes a line and waits for the answer's end
 
 
 ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer")  # what the shapes of the weights depend on
@@ -154,13 +152,14 @@ def read_folder(folder):
     """What prepare_owt.py wrote -> memory-mapped splits and tokenizer. ValueError names what is missing or broken."""
     try:
         chars = json.loads(Path(folder, "vocab.json").read_text("utf-8"))
-        if chars != sorted({*chars, END, UNK}):
+        tokenizer = CharTokenizer(chars)
+        if chars != [*tokenizer.chars]:
             raise ValueError("vocab.json is no sorted list of characters with END and UNK")
         # The files stay on disk and look like arrays: only what is touched is read.
         splits = {name: np.memmap(Path(folder, f"{name}.bin"), "<u2", "r") for name in ("train", "val")}
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise ValueError(f"{folder}: not as prepare_owt.py writes it: {error}") from None
-    return splits, CharTokenizer(chars)
+    return splits, tokenizer
 
 
 def load_data(config, tokenizer=None):
@@ -174,16 +173,12 @@ def load_data(config, tokenizer=None):
     if os.path.isdir(config.data):
         splits, tokenizer = read_folder(config.data)
     else:
-        if config.answers_prompts:
-            pairs = list(read_pairs(config.data))
-            cut = int(0.9 * len(pairs))
-            parts = "".join(pairs[:cut]), "".join(pairs[cut:])
-            # A handful of pairs is a fair corpus: it is repeated until a block fits.
+        text = list(read_pairs(config.data)) if config.answers_prompts else read_text(config.data) + END
+        cut = int(0.9 * len(text))  # characters; of pairs, whole documents
+        parts = text[:cut], text[cut:]
+        if config.answers_prompts:  # a handful is a fair corpus: it is repeated until a block fits
+            parts = ["".join(part) for part in parts]
             parts = [part * (config.block_size // max(1, len(part)) + 1) for part in parts]
-        else:
-            text = read_text(config.data) + END
-            cut = int(0.9 * (len(text) - 1))
-            parts = text[:cut], text[cut:]
         tokenizer = tokenizer or CharTokenizer.from_text("".join(parts))
         splits = dict(zip(("train", "val"), map(tokenizer.encode, parts)))
     for name, ids in splits.items():
@@ -426,17 +421,13 @@ def load_checkpoint(path):
             config = Config(**saved["config"])
             with torch.device("meta"):
                 model = GPT(config, CharTokenizer(saved["chars"]).vocab_size)
-            states = (state for states in saved["optimizer"] for state in states.values())
-            for tensors in (saved["model"], saved["best"], *states):
-                if not all(t.layout == torch.strided and t.is_contiguous() for t in tensors.values()):
-                    raise ValueError("its tensors are smaller than they pretend")
-            if type(saved["step"]) is not int or type(saved["losses"]) is not dict:
-                raise ValueError("its record of the run is damaged")
+            if sum(p.nbytes for p in model.parameters()) > os.path.getsize(path):
+                raise ValueError("the file is smaller than its model")
             restore(make_optimizers(model, config), saved["optimizer"])
             for weights in (saved["model"], saved["best"]):
-                model.load_state_dict({**weights}, assign=True)  # RuntimeError where names or shapes differ
-            rest = ("chars", "corpus", "step", "losses", "best", "model", "optimizer")
-            return {"config": asdict(config), **{name: saved[name] for name in rest}}
+                model.load_state_dict(weights)  # RuntimeError where names or shapes differ
+            return saved | {"config": asdict(config), "corpus": str(saved["corpus"]),
+                            "step": int(saved["step"]), "losses": dict(saved["losses"])}
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".split(". ")[0][:150]
             raise ValueError(f"{path}: no checkpoint of gpt.py, or damaged: {reason}") from error
@@ -449,7 +440,7 @@ def restore(optimizers, states):
         names = ("momentum_buffer",) if "momentum" in optimizer.defaults else ("step", "exp_avg", "exp_avg_sq")
         for p, tensors in optimizer.state.items():
             implied = {name: () if name == "step" else p.shape for name in names}
-            if {name: t.shape for name, t in tensors.items()} != implied:
+            if {name: t.shape for name, t in tensors.items() if t.is_contiguous()} != implied:
                 raise ValueError("the optimizer's state does not fit the weights")
 
 
@@ -560,9 +551,8 @@ def stop_requests():
     asked, before = [], {}
 
     def ask(number, frame):
-        if number in asked:
-            raise KeyboardInterrupt
         asked.append(number)
+        signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
 
     with suppress(ValueError):  # only a main thread gets signals
         before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -641,8 +631,9 @@ def train(config):
     with stop_requests() as asked, bar:
         for step in bar:
             stop = torch.tensor(len(asked) + (step == config.max_iters))
-            if WORLD > 1:
-                torch.distributed.all_reduce(stop)  # all leave the loop at the same step
+            if WORLD > 1:  # all leave the loop at the same step
+                vote = torch.distributed.all_reduce(stop, async_op=True)  # kept: were stop freed by gloo's thread ...
+                vote.wait()
             due = (step % config.eval_interval == 0 or step == config.max_iters) and step not in run["losses"]
             if (due or stop) and RANK == 0:
                 if not all(p.isfinite().all() for p in model.parameters()):
@@ -665,8 +656,7 @@ def train(config):
     if RANK == 0:
         report(run, model, tokenizer, config)
     if WORLD > 1:
-        time.sleep(0.5)  # lets gloo's thread drop stop, for which it needs Python's lock; the next line would keep it
-        torch.distributed.destroy_process_group()
+        torch.distributed.destroy_process_group()  # ... this could wait for that thread, and it for Python's lock
     return model.eval()
 
 

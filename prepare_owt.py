@@ -135,7 +135,7 @@ def prepare(files, folder, sample, seed, workers, val_fraction, min_count):
         totals[0xD800:0xE000] = 0  # halves of pairs
         documents, length = int(totals[ord(END)]), int(totals.sum())
         if not documents:
-            raise ValueError(f"no documents in {' '.join(map(str, files))}, of which --sample {sample} was taken")
+            raise ValueError(f"no documents in {' '.join(map(str, files)) or 'empty folders'} at --sample {sample}")
         known = totals >= min_count
         known[[ord(END), ord(UNK)]] = True
         vocabulary = np.flatnonzero(known)
@@ -152,7 +152,7 @@ def prepare(files, folder, sample, seed, workers, val_fraction, min_count):
         jobs = ((units[i:j], ids) for i, j in zip(bounds, bounds[1:]))
         # A single text is cut by position, as load_data does, and others between documents.
         wanted = min(max(int((1 - val_fraction) * documents), 1), documents - 1)
-        cut = math.inf if wanted else int((1 - val_fraction) * (length - 1))
+        cut = math.inf if wanted else int((1 - val_fraction) * length)
         done = closed = 0
         with open(folder / "val.bin", "wb") as val:
             for numbers in in_order(pool, workers, renumber, jobs):

@@ -349,13 +349,16 @@ def test_foreign_checkpoints_are_refused_and_run_nothing():
     for *path, key, value in [  # what is changed, added or (None) removed
             *((entry, None) for entry in good), ("model", "tokens.weight", None), ("best", "x", weight),
             ("model", "tokens.weight", weight[1:]), ("best", "tokens.weight", weight[1:]),
-            ("model", "tokens.weight", torch.zeros(1).expand(weight.shape)), ("step", 2.5), ("losses", []),
+            ("step", "x"), ("losses", [1]), ("corpus", None), ("config", "n_head", "x"), ("config", "x", 1),
             ("optimizer", 0, 0, "exp_avg", torch.tensor(0.0)), ("optimizer", 0, 0, "exp_avg", None),
             ("step", Bomb()), ("best", {}), ("optimizer", 0, 0, "exp_avg", torch.zeros(1, 1)),
-            ("config", "n_embd", 2**30), ("config", "n_layer", 10**9), ("config", "n_head", "2"), ("config", "x", 1)]:
+            ("config", "n_embd", 2**30), ("config", "n_layer", 10**9)]:
         bad.append(gpt.load_checkpoint("book.pkl"))
         place = reduce(getitem, path, bad[-1])
         place.pop(key) if value is None else place.update({key: value})
+    large = model_of(len(good["chars"]), n_embd=256)
+    hollow = {name: torch.zeros(1).expand(p.shape) for name, p in large.named_parameters()}  # larger than the file
+    bad.append({**good, "config": {**good["config"], "n_embd": 256}, "optimizer": [{}], "model": hollow, "best": hollow})
     for content in bad:
         Path("bad.pkl").write_bytes(content) if isinstance(content, bytes) else gpt.save_checkpoint("bad.pkl", content)
         refused(gpt.main, flags(out="bad.pkl"), "bad.pkl")
