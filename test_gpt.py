@@ -44,8 +44,7 @@ def model_of(vocab_size=11, **changes):
 
 
 def trained(**changes):
-    config = tiny(**changes)
-    gpt.train(config)
+    gpt.train(config := tiny(**changes))
     return gpt.load_checkpoint(config.out)
 
 
@@ -83,10 +82,7 @@ def test_encode_and_decode_are_inverse_over_all_of_unicode():
         assert tokenizer.chars[tokenizer.end] + tokenizer.chars[tokenizer.unk] == END + UNK
         ids = tokenizer.encode(text)
         assert ids.dtype == np.uint16 and tokenizer.decode(ids) == text == "".join(tokenizer.chars[i] for i in ids)
-
-
-def test_unknown_characters_become_unk_and_nothing_fails():
-    tokenizer = CharTokenizer("ab")
+    tokenizer = CharTokenizer("ab")  # what it does not know becomes UNK
     assert tokenizer.decode(tokenizer.encode("a☃b\ud800\U0010ffff")) == f"a{UNK}b{UNK}{UNK}"
 
 
@@ -103,9 +99,8 @@ def test_texts_and_pairs_are_cleaned_and_split():
 
 def test_default_corpus_needs_no_download():
     splits, tokenizer = gpt.load_data(Config())
-    train, val = (tokenizer.decode(ids) for ids in splits.values())
-    assert len(train) > 200_000 and len(val) / len(train) == pytest.approx(1 / 9, rel=0.01)
-    assert "statement" in train and END in val
+    text = tokenizer.decode(splits["train"])
+    assert len(text) > 200_000 and "statement" in text and END in text
 
 
 def test_batches_are_shifted_by_one_and_stay_in_their_split():
@@ -190,7 +185,6 @@ def test_everything_is_computed_on_the_device_of_the_model():
         model(x[:, :1], cache=gpt.Cache(model.config, 4, model.tokens.weight))
     with pytest.raises(AssertionError), OneDevice():  # the check itself can fail
         model.tokens(x) + torch.zeros(1)
-    assert all(p.grad.is_meta for p in model.parameters())
 
 
 def test_cached_logits_equal_uncached_inside_the_window_and_after_each_slide():
@@ -303,15 +297,19 @@ def test_tune_prints_a_table_and_a_command_that_works(capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model: model)  # which would take a minute
     gpt.main([*flags(grad_accum=2), "--tune"])
     table, _, command = capsys.readouterr().out.partition("fastest: python gpt.py ")
-    assert table.count("float32") == table.count("bfloat16") == 3 and not Path("book.pkl").exists()
+    rows = [line.split() for line in table.splitlines() if "float" in line]
+    assert len(rows) == 6 and all(int(row[0]) * int(row[1]) == 8 for row in rows) and not Path("book.pkl").exists()
     gpt.main(command.split())
-    assert Path("book.pkl").exists()
+    assert_same(trained(compile=True, out="a.pkl")["model"], trained(out="b.pkl")["model"])  # no trace of a trial step
 
 
 def test_interrupted_resumed_and_finished_as_a_process():
+    with gpt.stop_requests() as asked, pytest.raises(KeyboardInterrupt):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+    assert len(asked) == 2 and signal.getsignal(signal.SIGINT) == signal.default_int_handler
     settings = dict(max_iters=1000, eval_interval=500, dropout=0.1)
-    words = [*GPT, *flags(**settings)]
-    process = start(words)
+    process = start(words := [*GPT, *flags(**settings)])
     assert any(line.startswith("step") for line in process.stdout)  # it has begun
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
@@ -319,8 +317,8 @@ def test_interrupted_resumed_and_finished_as_a_process():
     assert process.returncode == 0 and "the same command carries on" in output and not errors
     stopped = gpt.load_checkpoint("book.pkl")["step"]
     resumed, again = run(words).stdout, run(words)
-    for text in (f"at step {stopped} of", "step  1,000", "losses", "▁", "saved   book.pkl", "chat.py --model book"):
-        assert text in resumed
+    shown = f"at step {stopped} of", "step  1,000", "losses", "▁", "saved   book.pkl", "chat.py --model book"
+    assert all(text in resumed for text in shown)
     assert_same(gpt.load_checkpoint("book.pkl")["model"], trained(**settings, out="whole.pkl")["model"])
     assert 0 < stopped < 1000 and again.returncode == 0 and "already" in again.stdout  # the third time
 
@@ -335,6 +333,7 @@ def test_load_model_gives_the_best_weights_of_text_and_the_latest_of_pairs(monke
         model, tokenizer, config = gpt.load_model(Config(data=data).out, "cpu")
         assert_same(dict(model.state_dict()), dict(weights))
         assert not model.training and tokenizer.chars == checkpoint["chars"] and config.n_embd == 16
+        assert_same(gpt.open_run(tiny(init_from=config.out, out="new.pkl"))[0]["model"], weights)
 
 
 class Bomb:
@@ -358,7 +357,8 @@ def test_foreign_checkpoints_are_refused_and_run_nothing():
         place.pop(key) if value is None else place.update({key: value})
     large = model_of(len(good["chars"]), n_embd=256)
     hollow = {name: torch.zeros(1).expand(p.shape) for name, p in large.named_parameters()}  # larger than the file
-    bad.append({**good, "config": {**good["config"], "n_embd": 256}, "optimizer": [{}], "model": hollow, "best": hollow})
+    config = {**good["config"], "n_embd": 256}
+    bad.append({**good, "config": config, "optimizer": [{}], "model": hollow, "best": hollow})
     for content in bad:
         Path("bad.pkl").write_bytes(content) if isinstance(content, bytes) else gpt.save_checkpoint("bad.pkl", content)
         refused(gpt.main, flags(out="bad.pkl"), "bad.pkl")
@@ -407,36 +407,29 @@ MISTAKES = {gpt.main: """
     --eval_iters 0 | --learning_rate -1 nan inf | --weight_decay -1 | --grad_clip -1 | --seed -1 1e3
     --optimizer sgd: value | --dtype float16: value | --device tpu cuda:99: value | --compile=yes: compile
     --colour red: --colour | --n_emb 16: --n_emb | --out .: value | --out nowhere/model.pkl: nowhere
-    --init_from nothing.pkl book.txt: value | --data empty novocab notjson unsorted noval odd hollow ids: value
+    --init_from nothing.pkl book.txt: value | --data novocab notjson ba words noval odd hollow ids: value
     --data nothing.txt empty.txt short.txt empty.jsonl one.jsonl: value
     --data bad.jsonl: line 3 | --data wrong.jsonl: line 2 | --data list.jsonl: line 1""", chat.main: """
     --model nothing.pkl book.txt: value | --temperature -1 nan | --top_k -1 | --max_new_tokens 0 | --seed x
     --device tpu: value | --colour red: --colour | --mod x: --mod""", prepare_owt.main: """
     : sources | nothing.tar | good.pkl | random.tar | random.xz | random.tar.xz | empty.txt: no documents
-    empty: no documents | book.txt --sample=0 --sample=2: sample | book.txt --workers=0: workers
-    book.txt --val_fraction=1: val_fraction | book.txt --min_count=0: min_count | book.txt --out=full: full
-    book.txt --seed=x: seed"""}
+    --seed=x: seed | novocab: no documents | book.txt --sample=0 --sample=2: sample | book.txt --workers=0: workers
+    book.txt --val_fraction=1: val_fraction | book.txt --min_count=0: min_count | book.txt --out=full: full"""}
 
 
-def write_bad_files():
-    """Those that MISTAKES names. In each of the folders one file is changed or (None) missing."""
+def test_every_mistake_is_answered_in_one_line():
     files = {"empty.txt": "", "short.txt": "abc", "empty.jsonl": "", "one.jsonl": pair("a", "b"),
              "bad.jsonl": pair("a", "b") * 2 + "{", "wrong.jsonl": pair("a", "b") + '{"prompt": "a"}',
-             "list.jsonl": "[1]\n", "random.tar": "x" * 600, "random.xz": "x", "random.tar.xz": "x", "full/other": "x",
-             "empty/notes": ""}
+             "list.jsonl": "[1]\n", "random.tar": "x" * 600, "random.xz": "x", "random.tar.xz": "x", "full/x": "x"}
     good = {"vocab.json": json.dumps([END, "a", "b", UNK]), "train.bin": "\0\0\1\0" * 20, "val.bin": "\0\0" * 20}
-    for folder, name, content in [
+    for folder, name, content in [  # in each folder one file is changed or (None) missing
             ("novocab", "vocab.json", None), ("noval", "val.bin", None), ("odd", "train.bin", "a" * 99),
             ("hollow", "train.bin", ""), ("notjson", "vocab.json", "{"), ("ids", "train.bin", "\0\0\xff\xff" * 20),
-            ("unsorted", "vocab.json", json.dumps(["b", "a", END, UNK]))]:
+            ("ba", "vocab.json", json.dumps([*"ba", END, UNK])), ("words", "vocab.json", json.dumps([END, "ab", UNK]))]:
         files |= {f"{folder}/{n}": text for n, text in {**good, name: content}.items() if text is not None}
     for name, content in files.items():
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(content, encoding="latin-1")
-
-
-def test_every_mistake_is_answered_in_one_line():
-    write_bad_files()
     gpt.train(tiny(out="good.pkl"))
     usual = {gpt.main: flags(), chat.main: ["--prompt", "a", "--model", "good.pkl"], prepare_owt.main: ["--out", "out"]}
     cases = [(chat.main, ["--prompt", "a"], "model.pkl")]
@@ -473,8 +466,7 @@ def test_a_flag_that_contradicts_the_checkpoint_is_refused():
         refused(gpt.main, flags(**{name: new}), f"{name} {old}, not {new}", "--out book-2.pkl")
     refused(gpt.main, flags(data="other.txt", out="book.pkl"), "corpus", "other.txt", "--out book-2.pkl")
     gpt.main("--data book.txt --device cpu --max_iters 7".split())  # the rest comes from the checkpoint
-    checkpoint = gpt.load_checkpoint("book.pkl")
-    assert checkpoint["step"] == 7 and checkpoint["config"]["n_embd"] == 16
+    assert gpt.load_checkpoint("book.pkl")["step"] == 7
 
 
 # --------------------------------------------------------------------------------------------------------------- chat
@@ -501,8 +493,12 @@ def test_chat_answers_once_keeps_the_conversation_and_works_in_a_pipe(capsys, mo
     assert chat.talk(talk, stats=False) is None and not talk.context
 
 
-def test_control_characters_never_reach_the_terminal():
-    assert gpt.printable("a\x1b[2J\r\x00\x9b\u202e\n\tb é日😀") == f"a{UNK}[2J{UNK * 4}\n\tb é日😀"
+def test_control_characters_never_reach_the_terminal(capsys):
+    text = "a\x1b[2J\r\x00\x9b\u202e\n\tb é日😀"
+    tokenizer = CharTokenizer(text)
+    model = Mock(**{"stream.return_value": torch.from_numpy(tokenizer.encode(text).astype(np.int64))})  # says it
+    chat.Chat(model, tokenizer, tiny()).show("")
+    assert capsys.readouterr().out == f"a{UNK}[2J{UNK * 4}\n\tb é日😀\n"
 
 
 def test_chat_in_a_terminal():
@@ -529,16 +525,17 @@ def test_chat_in_a_terminal():
 def test_fine_tuning_answers_prompts_and_stops_at_end(capsys):
     base = trained(out="base.pkl", n_embd=32, block_size=24)
     pairs = [("the cat", "sat"), ("a dog", "ran"), ("on a mat", "the dog"), ("é", "cat")]  # "é" is not in the base
-    Path("pairs.jsonl").write_text("".join(pair(*texts) for texts in pairs) * 5)
+    Path("pairs.jsonl").write_text("".join(pair(*texts) for texts in random.Random(0).choices(pairs, k=200)))
     words = ["--init_from", "base.pkl", "--data", "pairs.jsonl", "--device", "cpu", "--max_iters", "300",
              "--learning_rate", "5e-3", "--dropout", "0", "--batch_size", "16"]
     refused(gpt.main, [*words, "--n_layer", "1"], "n_layer 2, not 1")
     gpt.main(words)
     assert "unknown" in capsys.readouterr().out
     model, tokenizer, config = gpt.load_model("pairs.pkl")
-    assert config.answers_prompts and tokenizer.chars == base["chars"] and config.n_embd == 32
+    assert config.answers_prompts and tokenizer.chars == base["chars"]
+    assert config.n_embd == 32 and config.eval_interval == 150  # only the architecture is handed down
     talk = chat.Chat(model, tokenizer, config, temperature=0, max_new_tokens=50)
-    for prompt, completion in pairs * 2:  # over several turns
+    for prompt, completion in pairs * 2 + pairs[::-1]:  # over several turns
         assert "".join(talk.answer(prompt)) == completion
     assert tokenizer.decode(talk.context).startswith(f"{END}the cat\nsat{END}a dog\nran{END}on a mat\n")
     assert run([*CHAT, "--model", "pairs.pkl", "--temperature", "0"], input="a dog\nthe cat\n").stdout == "ran\nsat\n"
@@ -608,16 +605,17 @@ def prepared(*words):
 
 def test_every_kind_of_source_comes_back_character_for_character():
     assert (prepare_owt.END, prepare_owt.UNK) == (END, UNK)
-    Path("a.tar").write_bytes(tar(owt()))
+    Path("a.tar").write_bytes(tar(owt(per_shard=1)))
     Path("b.tar.xz").write_bytes(lzma.compress(tar(owt())))
     Path("c").mkdir()
     for name, content in owt():
         Path("c", Path(name).name).write_bytes(content)
     Path("d.tar").write_bytes(tar((f"{i}.txt", d) for i, d in enumerate(DOCUMENTS)))
-    for source in ("a.tar", "b.tar.xz", "c", "d.tar"):
-        train, val, corpus = prepared(source)
+    for source, workers in ((source, workers) for source in ("a.tar", "b.tar.xz", "c", "d.tar") for workers in "125"):
+        train, val, corpus = prepared(source, "--workers", workers)
         assert train + val == CLEANED and len(train) == int(0.9 * len(CLEANED)), source
         assert corpus["documents"] == len(CLEANED) and corpus["characters"] == sum(map(len, CLEANED))
+        assert contents("out").keys() == {"train.bin", "val.bin", "vocab.json", "corpus.json"}
     Path("e_data.xz").write_bytes(lzma.compress(b"plain\r\ntext") + lzma.compress(b" goes on"))
     Path("f.txt").write_bytes("\ufeffa text\r\n".encode() + b"\xff")
     train, val, _ = prepared("a.tar", "e_data.xz", "f.txt", "c")
@@ -637,13 +635,6 @@ def test_a_long_text_streams_and_gives_the_batches_of_the_text_file():
         assert_same(*[gpt.get_batch(data[split], tiny(), starts) for data in (a, b)])
 
 
-def test_the_result_does_not_depend_on_the_number_of_workers():
-    Path("a.tar").write_bytes(tar(owt(DOCUMENTS * 9, 5)))
-    results = [(prepared("a.tar", "--workers", number), contents("out")) for number in ("1", "2", "5")]
-    assert results[0] == results[1] == results[2]
-    assert results[0][1].keys() == {"train.bin", "val.bin", "vocab.json", "corpus.json"}
-
-
 def test_sample_and_val_fraction_and_min_count():
     documents = [f"number {i} \u2603" for i in range(40)] + ["rare é"]
     Path("a.tar").write_bytes(tar(owt(documents, 1)))
@@ -654,8 +645,6 @@ def test_sample_and_val_fraction_and_min_count():
     many = "".join(map(chr, range(0x10000, 0x10000 + 70_000)))  # more than 16 bits can number
     Path("many.txt").write_text(many, encoding="utf-8")
     refused(prepare_owt.main, ["many.txt", "--out", "many"], "--min_count")
-    Path("many.tar").write_bytes(tar(owt([many[::2], many[1::2]], 1)))
-    refused(prepare_owt.main, ["many.tar", "--out", "many"], "--min_count")
 
 
 def test_hostile_archives_write_nothing_elsewhere():
