@@ -174,9 +174,8 @@ def prepare(files, folder, sample, seed, workers, val_fraction, min_count):
 
 def main(argv=None):
     """The command line."""
-    def fail(message):  # one line, in which a file's name may not hold escapes
-        line = " ".join(str(message).split())
-        parser.exit(2, f"prepare_owt.py: {''.join(c if c.isprintable() else UNK for c in line)}\n")
+    def fail(message):  # one line, whatever the name of a file holds
+        parser.exit(2, f"prepare_owt.py: {''.join(c if c.isprintable() else UNK for c in str(message))}\n")
 
     parser = argparse.ArgumentParser(prog="prepare_owt.py", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = fail
