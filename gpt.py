@@ -29,20 +29,20 @@ DEVICES = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_av
 
 @dataclass
 class Config:
-    """Every setting of a run: chosen, not learned, hence *hyper*parameters. ValueError if one makes no sense."""
+    """Every setting of a run: chosen, while parameters are learned. ValueError if one makes no sense."""
     data: str = ""                # text file, .jsonl of pairs, or prepared folder; "" is Python's documentation
     out: str = ""                 # checkpoint to write and to carry on from; "" is named after the data
     init_from: str = ""           # checkpoint whose weights and vocabulary a new run starts from (fine-tuning)
     batch_size: int = 32          # texts worked on at once: B
     block_size: int = 128         # characters of context: T
-    grad_accum: int = 1           # such batches added up per step, over all processes
+    grad_accum: int = 1           # batches whose gradients add up to one step, over all processes
     max_iters: int = 900          # steps in all
     n_embd: int = 128             # numbers that describe a character: C
     n_head: int = 4               # attention heads: H
-    n_layer: int = 4              # blocks; 0 is the simplest language model (nearly the bigram), without attention
+    n_layer: int = 4              # Transformer blocks; 0 is the simplest model, nearly a bigram: it sees one character
     dropout: float = 0.1          # share of activations turned off in training
     optimizer: str = "adamw"      # adamw or muon
-    learning_rate: float = 3e-3   # its peak, after warm-up
+    learning_rate: float = 3e-3   # step size at its peak, after warm-up
     weight_decay: float = 0.02    # pull of the weight matrices towards 0
     warmup_iters: int = 100       # steps over which the learning rate climbs to its peak
     grad_clip: float = 1.0        # longest gradient allowed; 0 is no limit
@@ -56,7 +56,8 @@ class Config:
     def __post_init__(self):
         choices = {"optimizer": ("adamw", "muon"), "dtype": ("float32", "bfloat16")}
         for field in fields(self):
-            name, value = field.name, field.type(getattr(self, field.name))  # a Path will do where a name is asked for
+            name = field.name
+            value = field.type(getattr(self, name) or field.type())  # a Path to str, None to "", 0 or False
             setattr(self, name, value)
             low = 0 if field.type is float or name in ("n_layer", "max_iters", "warmup_iters", "seed") else 1
             high = {"dropout": 0.99, "n_layer": 1000}.get(name, 2**31)
@@ -70,7 +71,7 @@ class Config:
         self.answers_prompts = self.data.endswith(".jsonl")  # chat then takes a line and waits for the answer's end
 
 
-ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer")  # what the shapes of the weights depend on
+ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer")  # weights fit only a model that has these in common
 
 
 def device_defaults(device):
@@ -111,7 +112,7 @@ class CharTokenizer:
 
     def encode(self, text):
         """str -> ids, 1-D uint16 (uint32 past 65,536 entries). Unknown characters become UNK; it never fails."""
-        # UTF-32 is each character's ord(): one look-up in an array does the work of a dict, a thousand times faster.
+        # UTF-32 is each character's ord(): an array looks up all of them at once, a dict one at a time.
         return self._ids[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")]
 
     def decode(self, ids):
@@ -122,7 +123,7 @@ class CharTokenizer:
 # --------------------------------------------------------------------------------------------------------------- data
 
 def clean(text):
-    """\\r\\n becomes \\n; END, which is for the ends of documents, and surrogates, which are no characters, UNK."""
+    """\\r\\n becomes \\n; UNK replaces END, kept for the ends of documents, and surrogates, which are no characters."""
     return re.sub(f"[{END}\ud800-\udfff]", UNK, text.replace("\r\n", "\n"))
 
 
@@ -138,7 +139,7 @@ def read_text(path):
 
 
 def read_pairs(path):
-    """A .jsonl of {"prompt": ..., "completion": ...} lines: yields a document a pair. ValueError names a bad line."""
+    """A .jsonl of {"prompt": ..., "completion": ...} lines -> a document for each. ValueError names a bad line."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         try:
             if line.strip():
@@ -177,8 +178,7 @@ def load_data(config, tokenizer=None):
         cut = int(0.9 * len(text))  # characters; of pairs, whole documents
         parts = text[:cut], text[cut:]
         if config.answers_prompts:  # a handful is a fair corpus: it is repeated until a block fits
-            parts = ["".join(part) for part in parts]
-            parts = [part * (config.block_size // max(1, len(part)) + 1) for part in parts]
+            parts = [part * (config.block_size // max(1, len(part)) + 1) for part in map("".join, parts)]
         tokenizer = tokenizer or CharTokenizer.from_text("".join(parts))
         splits = dict(zip(("train", "val"), map(tokenizer.encode, parts)))
     for name, ids in splits.items():
@@ -202,7 +202,7 @@ def get_batch(data, config, starts=None):
     blocks = torch.from_numpy(data[rows].astype(np.int64))
     if config.device == "cuda":  # from pinned memory the copy runs while the GPU computes
         blocks = blocks.pin_memory()
-    blocks = blocks.to(config.device, non_blocking=True)
+    blocks = blocks.to(config.device, non_blocking=config.device == "cuda")
     return blocks[:, :-1], blocks[:, 1:]
 
 
@@ -219,16 +219,16 @@ class Head(nn.Module):
         scores = scores / D ** 0.5                              # scores grow with D: else softmax picks a single winner
         past = torch.ones(T, T, dtype=torch.bool).tril()        # lower triangle: position t sees 0 ... t
         scores = scores.masked_fill(~past, float("-inf"))       # ... and never the future, which it is to predict
-        weights = scores.softmax(dim=-1)                        # e ** -inf is 0: no share for the future
-        out = weights @ v                                       # a weighted sum of values
+        shares = scores.softmax(dim=-1)                         # e ** -inf is 0: no share for the future
+        out = shares @ v                                        # a weighted sum of values
 
-    F.scaled_dot_product_attention does this for all heads at once, never stores the T x T scores, and needs no mask, a
-    constant that the course keeps in a register_buffer. q, k, v: (B, H, T, D) -> (B, H, T, D).
+    F.scaled_dot_product_attention does this for all heads at once and stores neither the T x T scores nor the mask,
+    which the course keeps in a register_buffer (not learned, but moved with the model). q, k, v: (B, H, T, D) each.
     """
 
     def forward(self, q, k, v):
-        # In generation the one query is the newest character, which may see every key: no mask. No dropout on the
-        # shares, unlike the course: it costs PyTorch's CPU kernel 40 % of the training rate, and gained nothing here.
+        # A single query is generation's newest character, which may see every key: no mask. The course's dropout on the
+        # shares would cost PyTorch's CPU kernel 40 % of the training rate, and gained nothing here.
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[-2] > 1)
 
 
@@ -238,7 +238,7 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # queries, keys, values in one product: Wx
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # queries, keys and values at once: Wx
         self.head = Head()
         self.proj = nn.Linear(config.n_embd, config.n_embd)  # Wx + b, both learned: lets the heads' findings mix
         self.dropout = nn.Dropout(config.dropout)
@@ -256,8 +256,8 @@ class MultiHeadAttention(nn.Module):
 class FeedForward(nn.Sequential):
     """Linear, ReLU, Linear, run in turn by Sequential: each character thinks by itself. (B, T, C) -> (B, T, C).
 
-    Without the ReLU between them two linear maps would be one. (Sigmoid and tanh bend the line too, but flatten out and
-    learn slowly there.) Dropout turns off random activations in training, so that none can lean on another.
+    Without the ReLU between them, which makes negatives 0, two linear maps would be one. (Sigmoid and tanh bend too,
+    but flatten out and learn slowly there.) Dropout turns off random activations, so that none can lean on another.
     """
 
     def __init__(self, config):
@@ -265,16 +265,16 @@ class FeedForward(nn.Sequential):
                          nn.Linear(4 * config.n_embd, config.n_embd), nn.Dropout(config.dropout))
 
     def forward(self, x):
-        # As a matrix, (B * T, C): with more dimensions the ReLU in place would cost a copy.
+        # As a matrix, (B * T, C): of three dimensions Linear returns a view, in which ReLU in place costs a copy.
         return super().forward(x.flatten(0, -2)).view_as(x)
 
 
 class Block(nn.Module):
     """Attention, then feed-forward, each added to its input and normalised (post-norm, as in the course).
 
-    The residual carries the input past each sub-layer and gives gradients a short way back; the norm (mean 0, variance
-    1) keeps the sums at one scale. This is the Transformer's decoder alone: with no second text to translate from,
-    there is no encoder and no cross-attention.
+    The residual (x + ...) carries the input past each sub-layer and gives gradients a short way back; the norm (mean 0,
+    variance 1) keeps the sums at one scale. This is the Transformer's decoder alone: with no second text to translate
+    from, there is no encoder and no cross-attention.
     """
 
     def __init__(self, config):
@@ -305,15 +305,15 @@ class Cache:
 
 
 class GPT(nn.Module):
-    """Token ids in; out, at each position, a score (logit; softmax makes shares of them) for every next character."""
+    """Token ids in; out, at each position, a score (logit, which softmax makes a share) for each possible next one."""
 
     def __init__(self, config, vocab_size):
         super().__init__()
         self.config = config
         self.tokens = nn.Embedding(vocab_size, config.n_embd)             # what the model knows of each character
-        self.positions = nn.Embedding(config.block_size, config.n_embd)   # where it stands: attention alone sees a set
+        self.positions = nn.Embedding(config.block_size, config.n_embd)   # where it is: attention alone knows no order
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))  # holds them; forward runs them
-        self.norm = nn.LayerNorm(config.n_embd)
+        self.norm = nn.LayerNorm(config.n_embd)  # the only one if n_layer is 0
         self.head = nn.Linear(config.n_embd, vocab_size)
         for name, p in self.named_parameters():
             if p.ndim == 2:
@@ -343,15 +343,15 @@ class GPT(nn.Module):
         """Continues index, int64 (B, T) with T >= 1, and yields one new character at a time, (B, 1).
 
         temperature below 1 sharpens the choice (0 always takes the likeliest), above 1 flattens it; top_k keeps the k
-        likeliest. The model sees the last block_size characters, or fewer: when the cache is full it is emptied and
-        their last half read anew, so that the cost of a character stays the same however long the text.
+        likeliest. The model sees the last block_size characters, or fewer: what is cached cannot change its position,
+        so a full cache is emptied and its last half read anew. A character costs the same however long the text.
         """
         if not (index.shape[1] and temperature >= 0 and (top_k is None or top_k >= 1)):
             raise ValueError("generation needs a first character, temperature >= 0 and top_k >= 1 or None")
         block_size, cache = self.config.block_size, Cache(self.config, len(index), self.tokens.weight)
         index = unread = index[:, -block_size:]
         for _ in range(max_new_tokens):
-            with torch.inference_mode():  # like no_grad, and no bookkeeping at all
+            with torch.inference_mode():  # no gradients; left before yield, or the caller would be in it too
                 if cache.position + unread.shape[1] > block_size:
                     cache.position, unread = 0, index[:, -max(1, block_size // 2) :]
                 logits = self(unread, cache=cache)[0][:, -1].float()  # (B, V): only the last position's guess is new
@@ -361,7 +361,7 @@ class GPT(nn.Module):
                 shares = F.softmax(logits / max(temperature, 1e-6), dim=-1)
                 unread = torch.multinomial(shares, 1)  # draw, do not just take the likeliest
                 index = torch.cat((index, unread), dim=1)[:, -block_size:]
-            yield unread.clone()
+            yield unread.clone()  # an ordinary tensor, since it is made outside
 
     def generate(self, index, max_new_tokens, temperature=1.0, top_k=None):
         """index (B, T) and its continuation, (B, T + max_new_tokens). See stream."""
@@ -415,7 +415,7 @@ def load_checkpoint(path):
     weights_only=True unpickles tensors and plain values and nothing else: a stranger's checkpoint cannot run code.
     Its tensors are tried on the meta device, which has shapes but no memory, before a real model is built.
     """
-    with open(path, "rb") as file, warnings.catch_warnings(record=True):  # shows none
+    with open(path, "rb") as file, warnings.catch_warnings(record=True):  # hides them
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)
             config = Config(**saved["config"])
@@ -437,7 +437,8 @@ def restore(optimizers, states):
     """Gives optimizers the states from a checkpoint. ValueError if those do not fit the weights."""
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        names = ("momentum_buffer",) if "momentum" in optimizer.defaults else ("step", "exp_avg", "exp_avg_sq")
+        adam = isinstance(optimizer, torch.optim.AdamW)
+        names = ("step", "exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
         for p, tensors in optimizer.state.items():
             implied = {name: () if name == "step" else p.shape for name in names}
             if {name: t.shape for name, t in tensors.items() if t.is_contiguous()} != implied:
@@ -455,7 +456,7 @@ def load_model(path, device="cpu"):
 
 # ----------------------------------------------------------------------------------------------------------- training
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun starts a process a GPU
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's: process RANK of WORLD
 
 
 def find_device(name):
@@ -466,8 +467,10 @@ def find_device(name):
     if name not in DEVICES:
         raise ValueError(f"device must be {' or '.join(DEVICES)} on this machine, not {name!r}")
     if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # under torchrun each process has a GPU of its own
-        torch.set_float32_matmul_precision("high")  # TF32, far faster
+        if (local := int(os.environ.get("LOCAL_RANK", 0))) >= torch.cuda.device_count():
+            raise ValueError(f"{torch.cuda.device_count()} GPUs are too few for --nproc_per_node {local + 1}")
+        torch.cuda.set_device(local)  # under torchrun each process has a GPU of its own
+        torch.set_float32_matmul_precision("high")  # TF32: fewer digits, far faster
     return name
 
 
@@ -483,8 +486,8 @@ def learning_rate(step, config):
 def make_optimizers(model, config):
     """[AdamW] or [AdamW, Muon].
 
-    Adam (Kingma and Ba 2014) divides momentum, the mean of past gradients, by RMSprop, their mean size: each weight has
-    a step of its own. The W (Loshchilov and Hutter 2017) pulls matrices towards 0 apart from the gradient step. Muon
+    Adam (Kingma and Ba 2014) steps by the mean of past gradients (momentum) over their root mean square (RMSprop): each
+    weight has a step size of its own. The W (Loshchilov and Hutter 2017) pulls matrices towards 0 apart from that. Muon
     (Jordan 2024) makes all directions of a matrix's update equally long (orthogonal), so that none drowns the others;
     it is for the blocks' matrices, and scaled here so that AdamW's learning rate suits it.
     """
@@ -506,10 +509,10 @@ def build(config, vocab_size, data):
         try:  # compilers fail late, when they first meet a batch
             fast = torch.compile(model)
             training_step(fast, [], data, config, step=0)
-            model.zero_grad()
         except Exception as error:
             fast = model
             print(f"not compiled: {type(error).__name__}: {error}".split("\n")[0][:150], file=sys.stderr)
+        model.zero_grad()
     return model, make_optimizers(model, config), fast
 
 
@@ -528,14 +531,14 @@ def training_step(model, optimizers, data, config, step, lap=lambda part: None):
         x, y = get_batch(data, config, starts[micro])
         lap("batch")
         if WORLD > 1:
-            model.require_backward_grad_sync = micro == mine[-1]  # gradients travel once a step
+            model.require_backward_grad_sync = micro == mine[-1]  # processes share gradients once a step, at its end
         with autocast(config):
             loss = model(x, y)[1] / len(mine)  # so that their sum is the mean
         lap("forward")
         loss.backward()  # adds to each weight's gradient, the direction in which the loss grows
         lap("backward")
         total += loss.detach()
-    nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)  # one odd batch must not throw it far
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
@@ -594,10 +597,10 @@ def open_run(config):
            "losses": {}, "best": {}, "model": {}, "optimizer": []}
     if saved:
         mine, theirs = ({**each["config"], "corpus": each["corpus"]} for each in (run, saved))
-        for name in (*ARCHITECTURE, *("optimizer", "seed", "init_from", "corpus") * resuming):
+        for name in ARCHITECTURE + (("optimizer", "seed", "init_from", "corpus") if resuming else ()):
             if mine[name] != theirs[name]:
                 names = (f"{config.out.removesuffix('.pkl')}-{n}.pkl" for n in itertools.count(2))
-                free = next(name for name in names if not os.path.exists(name))
+                free = next(each for each in names if not os.path.exists(each))
                 mend = f"for another model: {command(replace(config, out=free))}" if resuming else "leave that flag out"
                 raise ValueError(f"{path} was trained with {name} {theirs[name]}, not {mine[name]}; {mend}")
         run = {**saved, "config": run["config"]} if resuming else {**run, "model": saved["best"]}
@@ -618,28 +621,29 @@ def train(config):
         model.load_state_dict(run["model"])
     if run["optimizer"]:
         restore(optimizers, run["optimizer"])
-    say = tqdm.write if RANK == 0 else lambda line: None  # prints above the progress bar
+    say = tqdm.write if RANK == 0 else lambda line: None  # print would break the bar
     device = torch.cuda.get_device_name() if config.device == "cuda" else config.device
     say(f"device  {device}, {config.dtype}{', compiled' * (fast is not model)}{f', {WORLD} processes' * (WORLD > 1)}")
     say(f"model   {sum(p.numel() for p in model.parameters()):,} parameters, {config.out}, "
         f"{'already ' * (run['step'] >= config.max_iters)}at step {run['step']:,} of {config.max_iters:,}")
     if WORLD > 1:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo")
-        fast = nn.parallel.DistributedDataParallel(fast)  # sends gradients only: process 0 may evaluate alone
+        fast = nn.parallel.DistributedDataParallel(fast)  # sums up gradients
+    # One turn more than steps: the last only evaluates and saves.
     bar = tqdm(range(run["step"], config.max_iters + 1), total=config.max_iters, initial=run["step"], unit="char",
                unit_scale=config.batch_size * config.grad_accum * config.block_size, disable=RANK > 0 or None)
     with stop_requests() as asked, bar:
         for step in bar:
             stop = torch.tensor(len(asked) + (step == config.max_iters))
             if WORLD > 1:  # all leave the loop at the same step
-                vote = torch.distributed.all_reduce(stop, async_op=True)  # kept: were stop freed by gloo's thread ...
+                vote = torch.distributed.all_reduce(stop, async_op=True)  # named: freed by gloo it may hang
                 vote.wait()
             due = (step % config.eval_interval == 0 or step == config.max_iters) and step not in run["losses"]
-            if (due or stop) and RANK == 0:
+            if (due or stop and step > run["step"]) and RANK == 0:
                 if not all(p.isfinite().all() for p in model.parameters()):
                     raise ValueError(f"the weights are no numbers any more at step {step}: lower --learning_rate")
                 if due:
-                    run["losses"][step] = losses = estimate_loss(fast, splits, config)
+                    run["losses"][step] = losses = estimate_loss(model, splits, config)
                     say(f"step {step:6,d}   train {losses['train']:.4f}   val {losses['val']:.4f}")
                 run |= {"step": step, "model": model.state_dict(),
                         "optimizer": [optimizer.state_dict()["state"] for optimizer in optimizers]}
@@ -656,13 +660,14 @@ def train(config):
     if RANK == 0:
         report(run, model, tokenizer, config)
     if WORLD > 1:
-        torch.distributed.destroy_process_group()  # ... this could wait for that thread, and it for Python's lock
+        torch.distributed.destroy_process_group()
     return model.eval()
 
 
 def printable(text):
-    """Text as a terminal may see it: control characters, which could move the cursor or worse, become UNK."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else UNK for c in text)
+    """Text as a terminal may see it: control characters, which could move the cursor or worse, become UNK, except those
+    that words of many languages need (soft hyphen, joiner, non-joiner)."""
+    return "".join(c if c in "\n\t\u00ad\u200c\u200d" or unicodedata.category(c)[0] != "C" else UNK for c in text)
 
 
 def report(run, model, tokenizer, config):
@@ -691,8 +696,8 @@ def tune(config):
     total, steps, rates = config.batch_size * config.grad_accum, 5, {}
     accums = [n for n in (1, 2, 4) if total % n == 0]
     print("batch_size grad_accum     dtype compile     chars/s   ms:   batch  forward backward   update")
-    for accum, dtype, fuse in itertools.product(accums, ("float32", "bfloat16"), (False, True)):
-        trial = replace(config, batch_size=total // accum, grad_accum=accum, dtype=dtype, compile=fuse)
+    for accum, dtype, compiled in itertools.product(accums, ("float32", "bfloat16"), (False, True)):
+        trial = replace(config, batch_size=total // accum, grad_accum=accum, dtype=dtype, compile=compiled)
         marks, spent = [], {}
 
         def lap(part):
@@ -702,7 +707,7 @@ def tune(config):
         try:
             torch.compiler.reset()
             model, optimizers, fast = build(trial, tokenizer.vocab_size, splits["train"])
-            if fuse and fast is model:
+            if compiled and fast is model:
                 continue
             for step in range(3 + steps):
                 training_step(fast, optimizers, splits["train"], trial, step, lap)
@@ -714,7 +719,7 @@ def tune(config):
             result = f"{rate:11,.0f}      " + "".join(f"{1000 * seconds / steps:9.1f}" for seconds in spent.values())
         except torch.OutOfMemoryError:
             result = "out of memory"
-        print(f"{trial.batch_size:10} {accum:10} {dtype:>9} {str(fuse):>7} {result}")
+        print(f"{trial.batch_size:10} {accum:10} {dtype:>9} {str(compiled):>7} {result}")
     if rates:
         print(f"\nfastest: {command(rates[max(rates)])}")
 
@@ -731,10 +736,10 @@ class Parser(argparse.ArgumentParser):
 def main(argv=None):
     """The command line: trains, or with --tune looks for the fastest settings."""
     parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for field in fields(Config):
         kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
-        parser.add_argument(f"--{field.name}", help=f"{notes[field.name]} ({field.default})", **kind)
+        parser.add_argument(f"--{field.name}", help=f"{comments[field.name]} ({field.default})", **kind)
     parser.add_argument("--tune", action="store_true", default=False, help="find the fastest settings for this machine")
     flags = vars(parser.parse_args(argv))
     tuning = flags.pop("tune")
@@ -743,12 +748,12 @@ def main(argv=None):
         path = out if os.path.exists(out) else flags.get("init_from")
         saved = load_checkpoint(path)["config"] if path else {}
         kept = saved.keys() - {"device", "dtype", "compile", "out"} if path == out else ARCHITECTURE
-        # A flag beats the checkpoint, and the checkpoint beats what the device wants.
+        # Flags beat the checkpoint (less what belongs to its machine; of init_from the sizes), and that the device.
         config = Config(**device_defaults(flags.get("device", Config.device))
                         | {name: value for name, value in saved.items() if name in kept} | flags | {"out": out})
         tune(config) if tuning else train(config)
-    except RuntimeError as error:
-        if not re.search("out of memory|allocate memory", str(error)):
+    except (RuntimeError, MemoryError) as error:
+        if not re.search("out of memory|allocate memory|ALLOC_FAILED|MemoryError", repr(error)):
             raise
         parser.error(f"out of memory on {config.device}: try --batch_size {max(1, config.batch_size // 2)} "
                      f"--grad_accum {2 * config.grad_accum}, then a smaller block_size, n_embd or n_layer")
@@ -759,5 +764,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" and does not stop the run
+    # A terminal without UTF-8 shows "?" and does not stop the run; a log file grows line by line.
+    sys.stdout.reconfigure(errors="replace", line_buffering=True)
     main()

@@ -163,8 +163,8 @@ def prepare(files, folder, sample, seed, workers, val_fraction, min_count):
                 file.write(numbers[:n])  # never past what has been read
                 val.write(numbers[n:])
                 done, closed = done + len(numbers), closed + len(ends)
-        units = jobs = None  # Windows cuts nothing off a file that is mapped
-        file.truncate()
+    units = jobs = None  # Windows cuts nothing off a file that is mapped
+    os.truncate(folder / "train.bin", 2 * cut)
     corpus = dict(documents=documents, characters=length - documents, vocabulary=len(vocabulary), train=cut,
                   val=length - cut, unknown=int(totals[~known].sum() + totals[ord(UNK)]), sources=[*map(str, files)])
     (folder / "vocab.json").write_text(json.dumps([chr(c) for c in vocabulary]), "utf-8")
@@ -197,18 +197,18 @@ def main(argv=None):
             files += sorted(f for f in inside if f.suffix in (".tar", ".xz", ".txt") or f == source)
         if out.exists() and {p.name for p in out.iterdir()} - {"train.bin", "val.bin", "vocab.json", "corpus.json"}:
             raise ValueError(f"{out}: holds other files; name a folder of its own with --out")
-        new, old = (out.with_name(out.name + end) for end in (".tmp", ".old"))
-        shutil.rmtree(new, ignore_errors=True)  # what a killed run left
+        new, old = (out.with_name(f"{out.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
         new.mkdir(parents=True)
         try:
             corpus = prepare(files, new, **flags)
             if out.exists():
-                shutil.rmtree(old, ignore_errors=True)
                 out.rename(old)
             new.rename(out)
-            shutil.rmtree(old, ignore_errors=True)
         finally:
-            shutil.rmtree(new, ignore_errors=True)
+            if old.exists() and not out.exists():  # the new folder could not take its place
+                old.rename(out)
+            for folder in (new, old):
+                shutil.rmtree(folder, ignore_errors=True)
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
@@ -219,4 +219,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")
     main()
