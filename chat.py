@@ -123,7 +123,7 @@ def main(argv=None):
     try:
         for name, low in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
             if not low <= getattr(flags, name) < 2**31:
-                raise ValueError(f"--{name} must be at least {low}, not {getattr(flags, name)}")
+                raise ValueError(f"--{name} must be from {low} to {2**31 - 1}, not {getattr(flags, name)}")
         model, tokenizer, config = gpt.load_model(flags.model, flags.device)
         if flags.int8:
             before = sum(t.nbytes for t in model.state_dict().values()) / 2**20

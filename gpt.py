@@ -509,9 +509,12 @@ def build(config, vocab_size, data):
         try:  # compilers fail late, when they first meet a batch
             fast = torch.compile(model)
             training_step(fast, [], data, config, step=0)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             fast = model
-            print(f"not compiled: {type(error).__name__}: {error}".split("\n")[0][:150], file=sys.stderr)
+            if RANK == 0:
+                print(f"not compiled: {type(error).__name__}: {error}".split("\n")[0][:150], file=sys.stderr)
         model.zero_grad()
     return model, make_optimizers(model, config), fast
 
@@ -570,7 +573,7 @@ def command(config):
     """The command line that makes this config."""
     usual, words = Config(**device_defaults(config.device), data=config.data), ["python", "gpt.py"]
     for name, value in asdict(config).items():
-        if value != getattr(usual, name) or name == "data" and value:
+        if value != getattr(usual, name) or value and name in ("data", "batch_size", "grad_accum"):
             words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     return shlex.join(words)
 
@@ -578,11 +581,13 @@ def command(config):
 def open_run(config):
     """(run, splits, tokenizer). run is the dict that save_checkpoint writes: the one in config.out, or a new one, with
     the weights of config.init_from if one is named. ValueError if checkpoint, corpus and config do not match."""
+    if not os.access(Path(config.out).resolve().parent, os.W_OK):  # better now than at the first save
+        raise ValueError(f"{config.out}: no folder to write to")
     resuming = os.path.exists(config.out)
     path = config.out if resuming else config.init_from
     saved = load_checkpoint(path) if path else None
     splits, tokenizer = load_data(config, CharTokenizer(saved["chars"]) if saved else None)
-    if saved and tokenizer.chars != saved["chars"]:
+    if saved and not resuming and tokenizer.chars != saved["chars"]:
         raise ValueError(f"{config.data}: its vocabulary is not the model's")
     sample = np.concatenate([ids[: 2**23] for ids in splits.values()])  # all of it may be 40 GB
     if (largest := sample.max()) >= tokenizer.vocab_size:
@@ -590,7 +595,7 @@ def open_run(config):
     if RANK == 0:
         unknown = np.mean(sample == tokenizer.unk)
         print(f"corpus  {config.data or 'the Python documentation'}: {len(splits['train']):,} characters to train on, "
-              f"{len(splits['val']):,} to validate{f', {unknown:.2%} of them unknown' * bool(unknown)}, "
+              f"{len(splits['val']):,} to validate{f', {100 * unknown:.2g} % of them unknown' * bool(unknown)}, "
               f"vocabulary {tokenizer.vocab_size:,}")
     digest = hashlib.sha256(repr([tokenizer.chars, *map(len, splits.values())]).encode() + sample.tobytes())
     run = {"config": asdict(config), "chars": tokenizer.chars, "corpus": digest.hexdigest()[:16], "step": 0,
@@ -757,6 +762,8 @@ def main(argv=None):
             raise
         parser.error(f"out of memory on {config.device}: try --batch_size {max(1, config.batch_size // 2)} "
                      f"--grad_accum {2 * config.grad_accum}, then a smaller block_size, n_embd or n_layer")
+    except IndexError:  # from an embedding on the CPU: open_run looks at the beginning of a corpus only
+        parser.error(f"{config.data}: holds ids beyond its vocabulary")
     except (ValueError, OSError) as error:
         parser.error(error)
     except KeyboardInterrupt:

@@ -18,12 +18,11 @@ import numpy as np
 from tqdm import tqdm
 
 END, UNK = "\x03", "\ufffd"  # as in gpt.py, which is not imported: torch would take longer to load than a small corpus
-XZ = b"\xfd7zXZ\x00"         # how an xz file begins
 
 
 def members(file, name):
     """Yields (name, bytes) of each regular file in an open tar, in order. ValueError if it is damaged or cut off."""
-    long = b""
+    long, member = b"", "its start"
     try:
         while (block := file.read(512)) != bytes(512):  # a tar ends with zeros
             # What tarfile does, some five times faster: a header is 512 bytes with a name, a size and a sum in octal.
@@ -31,18 +30,19 @@ def members(file, name):
             found = zlib.adler32(block[:148] + b" " * 8 + block[156:], 0) % 2**16  # this half of it is the plain sum
             if total != found or not 0 <= size < 2**30:
                 raise EOFError("not the header of a file below 1 GiB")
+            member = (long or block[:100].partition(b"\0")[0]).decode("utf-8", "replace")
             kind, data = block[156:157], file.read(-(-size // 512) * 512)[:size]
             if len(data) < size:
                 raise EOFError("it ends inside a file")
             if kind in b"0\0":  # folders, links and devices hold no text
-                yield (long or block[:100].partition(b"\0")[0]).decode("utf-8", "replace"), data
+                yield member, data
             long = b""
             if kind in b"Lx":  # the next file's name has more than 100 bytes: as GNU writes it, or as POSIX does
                 long = data.rstrip(b"\0") if kind == b"L" else b"".join(re.findall(rb"\d path=(.*)\n", data))
         while file.read(2**20):  # an .xz knows only at its very end whether it is whole
             pass
     except (lzma.LZMAError, EOFError, ValueError) as error:
-        raise ValueError(f"{name}: corrupt: {error}") from None
+        raise ValueError(f"{name}: corrupt in or after {member}: {error}") from None
 
 
 def decode(documents):
@@ -57,8 +57,8 @@ def shards(path):
     if path.name.endswith((".tar", ".tar.xz")):
         with open(path, "rb") as raw, lzma.open(raw) if path.suffix == ".xz" else raw as file:
             for name, data in members(file, path):
-                if data.startswith(XZ) or name.endswith(".txt"):
-                    yield f"{path}: {name}", data if data.startswith(XZ) else decode([data]), raw.tell()
+                if name.endswith((".xz", ".txt")):
+                    yield f"{path}: {name}", data if name.endswith(".xz") else decode([data]), raw.tell()
     elif path.suffix == ".xz":
         yield path, path.read_bytes(), path.stat().st_size
     elif path.suffix == ".txt":
@@ -124,12 +124,13 @@ def prepare(files, folder, sample, seed, workers, val_fraction, min_count):
                     number, last = number + 1, name
                 if keep:
                     yield name, data
-                bar.set_postfix(documents=f"{totals[ord(END)]:,}", refresh=False)
+                bar.set_postfix_str(f"{totals[ord(END)]:,} documents, {bar.format_sizeof(train.tell() / 2)} characters",
+                                    refresh=False)
                 bar.update(before + position - bar.n)
 
-    with ThreadPoolExecutor(workers) as pool, bar, open(folder / "train.bin", "wb") as file:
+    with ThreadPoolExecutor(workers) as pool, bar, open(folder / "train.bin", "wb") as train:
         for units, counts, codes in in_order(pool, workers, encode, chosen()):
-            file.write(units)
+            train.write(units)
             totals[: 2**16] += counts
             np.add.at(totals, codes, 1)
         totals[0xD800:0xE000] = 0  # halves of pairs
@@ -145,7 +146,7 @@ def prepare(files, folder, sample, seed, workers, val_fraction, min_count):
         ids = np.full(len(totals), np.searchsorted(vocabulary, ord(UNK)), "<u2")
         ids[vocabulary] = np.arange(len(vocabulary))
 
-        file.seek(0)
+        train.seek(0)
         units = np.memmap(folder / "train.bin", "<u2", "r")
         # A piece ends one unit later where that keeps a pair together.
         bounds = [0, *(i + (units[i - 1] & 0xFC00 == 0xD800) for i in range(2**20, len(units), 2**20)), len(units)]
@@ -160,7 +161,7 @@ def prepare(files, folder, sample, seed, workers, val_fraction, min_count):
                 if closed < wanted <= closed + len(ends):
                     cut = done + int(ends[wanted - closed - 1]) + 1
                 n = int(min(len(numbers), max(0, cut - done)))
-                file.write(numbers[:n])  # never past what has been read
+                train.write(numbers[:n])  # never past what has been read
                 val.write(numbers[n:])
                 done, closed = done + len(numbers), closed + len(ends)
     units = jobs = None  # Windows cuts nothing off a file that is mapped
