@@ -10,7 +10,6 @@ from contextlib import suppress
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 import gpt
 
@@ -18,7 +17,7 @@ import gpt
 class Int8Linear(nn.Module):
     """nn.Linear with 8 bits a weight: rows of whole numbers from -127 to 127, and one scale a row to multiply them by.
 
-    Fewer bits mean less memory, and generation mostly waits for weights to arrive from it. Activations stay bfloat16.
+    Fewer bits mean less memory, and generation mostly waits for weights to arrive from it. Activations become bfloat16.
     (Training on top of quantized weights, by small matrices beside them, is QLoRA: Dettmers et al. 2023.)
     """
 
@@ -34,7 +33,7 @@ class Int8Linear(nn.Module):
         if x.device.type == "cpu" and x.shape[-1] % 16 == 0 and hasattr(torch, "_weight_int8pack_mm"):
             y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], -1)
         else:
-            y = F.linear(x, self.weight.to(x.dtype)) * self.scale
+            y = nn.functional.linear(x, self.weight.to(x.dtype)) * self.scale
         return y if self.bias is None else y + self.bias
 
 
@@ -146,5 +145,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
+    for stream in (sys.stdin, sys.stdout):
+        stream.reconfigure(errors="replace")
     main()

@@ -11,7 +11,7 @@ B batch (texts side by side), T time (characters in a text), C channels (n_embd 
 H heads, D head size (C / H), V vocabulary.
 """
 import argparse, hashlib, inspect, itertools, json, math, os, re, shlex, signal, sys, time, unicodedata, warnings
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -35,11 +35,11 @@ class Config:
     init_from: str = ""           # checkpoint whose weights and vocabulary a new run starts from (fine-tuning)
     batch_size: int = 32          # texts worked on at once: B
     block_size: int = 128         # characters of context: T
-    grad_accum: int = 1           # batches whose gradients add up to one step, over all processes
+    grad_accum: int = 1           # batches that make up one step, over all processes
     max_iters: int = 900          # steps in all
     n_embd: int = 128             # numbers that describe a character: C
     n_head: int = 4               # attention heads: H
-    n_layer: int = 4              # Transformer blocks; 0 is the simplest model, nearly a bigram: it sees one character
+    n_layer: int = 4              # layers (each a Block); 0 is the simplest model, nearly a bigram: sees one character
     dropout: float = 0.1          # share of activations turned off in training
     optimizer: str = "adamw"      # adamw or muon
     learning_rate: float = 3e-3   # step size at its peak, after warm-up
@@ -80,7 +80,7 @@ def device_defaults(device):
         return {}
     return dict(batch_size=64, block_size=256, max_iters=5000, n_embd=384, n_head=8, n_layer=8, dropout=0.2,
                 learning_rate=1e-3, warmup_iters=200, eval_interval=500, eval_iters=20, compile=True,
-                dtype="bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32")  # hardware
+                dtype="bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32")
 
 
 # ---------------------------------------------------------------------------------------------------------- tokenizer
@@ -123,7 +123,7 @@ class CharTokenizer:
 # --------------------------------------------------------------------------------------------------------------- data
 
 def clean(text):
-    """\\r\\n becomes \\n; UNK replaces END, kept for the ends of documents, and surrogates, which are no characters."""
+    """\\r\\n becomes \\n; END (reserved for the ends of documents) and surrogates (half characters) become UNK."""
     return re.sub(f"[{END}\ud800-\udfff]", UNK, text.replace("\r\n", "\n"))
 
 
@@ -157,10 +157,9 @@ def read_folder(folder):
         if chars != [*tokenizer.chars]:
             raise ValueError("vocab.json is no sorted list of characters with END and UNK")
         # The files stay on disk and look like arrays: only what is touched is read.
-        splits = {name: np.memmap(Path(folder, f"{name}.bin"), "<u2", "r") for name in ("train", "val")}
+        return {name: np.memmap(Path(folder, f"{name}.bin"), "<u2", "r") for name in ("train", "val")}, tokenizer
     except (ValueError, TypeError, FileNotFoundError) as error:
         raise ValueError(f"{folder}: not as prepare_owt.py writes it: {error}") from None
-    return splits, tokenizer
 
 
 def load_data(config, tokenizer=None):
@@ -183,7 +182,7 @@ def load_data(config, tokenizer=None):
         splits = dict(zip(("train", "val"), map(tokenizer.encode, parts)))
     for name, ids in splits.items():
         if len(ids) <= config.block_size:
-            raise ValueError(f"{config.data or 'the documentation'}: {len(ids)} characters to {name} on are no more "
+            raise ValueError(f"{config.data or 'the documentation'}: {len(ids)} characters in {name} are no more "
                              f"than block_size {config.block_size}: lower --block_size or add text")
     return splits, tokenizer
 
@@ -193,8 +192,8 @@ def get_batch(data, config, starts=None):
 
     A block of T characters holds T examples, one for each prefix: after "h" comes "e", after "he" comes "l". A batch
     is B such blocks, stacked, which a GPU works through at once. starts: where they begin, (B,) integers; random if
-    None. Of a memmap only these B * (T + 1) ids are read, at random places of a file of any size. int64 because
-    embeddings index with it; in a matrix product with float32 it would be an error.
+    None. Only these B * (T + 1) ids are read of a memmap. int64 because embeddings index with it; in a matrix product
+    with float32 it would be an error.
     """
     if starts is None:
         starts = torch.randint(len(data) - config.block_size, (config.batch_size,)).numpy()
@@ -219,7 +218,7 @@ class Head(nn.Module):
         scores = scores / D ** 0.5                              # scores grow with D: else softmax picks a single winner
         past = torch.ones(T, T, dtype=torch.bool).tril()        # lower triangle: position t sees 0 ... t
         scores = scores.masked_fill(~past, float("-inf"))       # ... and never the future, which it is to predict
-        shares = scores.softmax(dim=-1)                         # e ** -inf is 0: no share for the future
+        shares = scores.softmax(dim=-1)                         # e ** score over their sum; e ** -inf is 0
         out = shares @ v                                        # a weighted sum of values
 
     F.scaled_dot_product_attention does this for all heads at once and stores neither the T x T scores nor the mask,
@@ -228,7 +227,7 @@ class Head(nn.Module):
 
     def forward(self, q, k, v):
         # A single query is generation's newest character, which may see every key: no mask. The course's dropout on the
-        # shares would cost PyTorch's CPU kernel 40 % of the training rate, and gained nothing here.
+        # shares would cost a CPU 40 % of its training rate, and gained nothing here.
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[-2] > 1)
 
 
@@ -265,7 +264,7 @@ class FeedForward(nn.Sequential):
                          nn.Linear(4 * config.n_embd, config.n_embd), nn.Dropout(config.dropout))
 
     def forward(self, x):
-        # As a matrix, (B * T, C): of three dimensions Linear returns a view, in which ReLU in place costs a copy.
+        # As a matrix, (B * T, C), in which ReLU in place is faster.
         return super().forward(x.flatten(0, -2)).view_as(x)
 
 
@@ -305,7 +304,7 @@ class Cache:
 
 
 class GPT(nn.Module):
-    """Token ids in; out, at each position, a score (logit, which softmax makes a share) for each possible next one."""
+    """Token ids in; out, at each position, a score (a logit; softmax makes it a share) for each possible next one."""
 
     def __init__(self, config, vocab_size):
         super().__init__()
@@ -325,7 +324,7 @@ class GPT(nn.Module):
         """index, targets: int64 (B, T), T <= block_size -> logits (B, T, V), and the loss (None without targets).
 
         The loss is the cross-entropy, or negative log likelihood: the mean of -ln(share given to the character that
-        came). A uniform guess over 80 characters costs ln 80 = 4.38. (Mean squared error is for regression.) With a
+        came). A uniform guess over V characters costs ln V (ln 80 = 4.38). Mean squared error is for regression. With a
         cache, index goes on from what that holds: many characters if it is empty, else one at a time.
         """
         start, T = cache.position if cache else 0, index.shape[1]
@@ -437,8 +436,7 @@ def restore(optimizers, states):
     """Gives optimizers the states from a checkpoint. ValueError if those do not fit the weights."""
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        adam = isinstance(optimizer, torch.optim.AdamW)
-        names = ("step", "exp_avg", "exp_avg_sq") if adam else ("momentum_buffer",)
+        names = ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
         for p, tensors in optimizer.state.items():
             implied = {name: () if name == "step" else p.shape for name in names}
             if {name: t.shape for name, t in tensors.items() if t.is_contiguous()} != implied:
@@ -554,19 +552,17 @@ def training_step(model, optimizers, data, config, step, lap=lambda part: None):
 @contextmanager
 def stop_requests():
     """A list that fills when Ctrl-C or SIGTERM asks to stop. The same one asking twice is a KeyboardInterrupt."""
-    asked, before = [], {}
+    asked = []
 
     def ask(number, frame):
         asked.append(number)
         signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
 
-    with suppress(ValueError):  # only a main thread gets signals
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with ExitStack() as undo:  # puts the old handlers back
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with suppress(ValueError):  # only a main thread gets signals
+                undo.callback(signal.signal, number, signal.signal(number, ask))
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def command(config):
@@ -595,7 +591,7 @@ def open_run(config):
     if RANK == 0:
         unknown = np.mean(sample == tokenizer.unk)
         print(f"corpus  {config.data or 'the Python documentation'}: {len(splits['train']):,} characters to train on, "
-              f"{len(splits['val']):,} to validate{f', {100 * unknown:.2g} % of them unknown' * bool(unknown)}, "
+              f"{len(splits['val']):,} to validate{f', {100 * unknown:.3g} % of them unknown' * bool(unknown)}, "
               f"vocabulary {tokenizer.vocab_size:,}")
     digest = hashlib.sha256(repr([tokenizer.chars, *map(len, splits.values())]).encode() + sample.tobytes())
     run = {"config": asdict(config), "chars": tokenizer.chars, "corpus": digest.hexdigest()[:16], "step": 0,
@@ -615,7 +611,7 @@ def open_run(config):
 def train(config):
     """Trains, or carries on where config.out stopped; returns the model with its latest weights, in eval mode.
 
-    A run is a function of config, corpus and seed, stopped and resumed however often. Under torchrun every process
+    A run is a function of config and corpus, stopped and resumed however often. Under torchrun every process
     calls this; process 0 evaluates, prints and saves. ValueError or OSError where the user must change something.
     """
     if config.grad_accum % WORLD:
@@ -641,7 +637,7 @@ def train(config):
         for step in bar:
             stop = torch.tensor(len(asked) + (step == config.max_iters))
             if WORLD > 1:  # all leave the loop at the same step
-                vote = torch.distributed.all_reduce(stop, async_op=True)  # named: freed by gloo it may hang
+                vote = torch.distributed.all_reduce(stop, async_op=True)  # in a variable, or it may hang
                 vote.wait()
             due = (step % config.eval_interval == 0 or step == config.max_iters) and step not in run["losses"]
             if (due or stop and step > run["step"]) and RANK == 0:
@@ -697,6 +693,8 @@ def tune(config):
 
     Efficiency testing: time the parts, then change what takes longest.
     """
+    if WORLD > 1:
+        raise ValueError("--tune is for one process")
     splits, tokenizer = load_data(config)
     total, steps, rates = config.batch_size * config.grad_accum, 5, {}
     accums = [n for n in (1, 2, 4) if total % n == 0]
@@ -722,8 +720,8 @@ def tune(config):
             rate = steps * total * config.block_size / sum(spent.values())
             rates[rate] = trial
             result = f"{rate:11,.0f}      " + "".join(f"{1000 * seconds / steps:9.1f}" for seconds in spent.values())
-        except torch.OutOfMemoryError:
-            result = "out of memory"
+        except (RuntimeError, MemoryError) as error:  # too little memory, most likely
+            result = str(error).split("\n")[0][:80]
         print(f"{trial.batch_size:10} {accum:10} {dtype:>9} {str(compiled):>7} {result}")
     if rates:
         print(f"\nfastest: {command(rates[max(rates)])}")
@@ -753,16 +751,18 @@ def main(argv=None):
         path = out if os.path.exists(out) else flags.get("init_from")
         saved = load_checkpoint(path)["config"] if path else {}
         kept = saved.keys() - {"device", "dtype", "compile", "out"} if path == out else ARCHITECTURE
-        # Flags beat the checkpoint (less what belongs to its machine; of init_from the sizes), and that the device.
+        # Flags beat what is kept of the checkpoint, and that beats the device's defaults.
         config = Config(**device_defaults(flags.get("device", Config.device))
                         | {name: value for name, value in saved.items() if name in kept} | flags | {"out": out})
         tune(config) if tuning else train(config)
     except (RuntimeError, MemoryError) as error:
-        if not re.search("out of memory|allocate memory|ALLOC_FAILED|MemoryError", repr(error)):
+        if not re.search("out of memory|enough memory|allocate memory|ALLOC_FAILED|MemoryError", repr(error)):
             raise
         parser.error(f"out of memory on {config.device}: try --batch_size {max(1, config.batch_size // 2)} "
                      f"--grad_accum {2 * config.grad_accum}, then a smaller block_size, n_embd or n_layer")
-    except IndexError:  # from an embedding on the CPU: open_run looks at the beginning of a corpus only
+    except IndexError as error:
+        if "out of range in self" not in str(error):  # what an embedding says; open_run looks at a corpus's beginning
+            raise
         parser.error(f"{config.data}: holds ids beyond its vocabulary")
     except (ValueError, OSError) as error:
         parser.error(error)
