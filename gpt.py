@@ -629,6 +629,10 @@ def train(config):
         f"{'already ' * (run['step'] >= config.max_iters)}at step {run['step']:,} of {config.max_iters:,}")
     if WORLD > 1:
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo")
+        latest = torch.tensor(run["step"])
+        torch.distributed.all_reduce(latest, torch.distributed.ReduceOp.MAX)
+        if latest > run["step"]:  # on several machines
+            raise ValueError(f"{config.out}: is at step {latest} for another process; all must read the same file")
         fast = nn.parallel.DistributedDataParallel(fast)  # sums up gradients
     # One turn more than steps: the last only evaluates and saves.
     bar = tqdm(range(run["step"], config.max_iters + 1), total=config.max_iters, initial=run["step"], unit="char",
