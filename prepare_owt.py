@@ -202,14 +202,13 @@ def main(argv=None):
         new.mkdir(parents=True)
         try:
             corpus = prepare(files, new, **flags)
-            if out.exists():
-                out.rename(old)
-            new.rename(out)
-        finally:
-            if old.exists() and not out.exists():  # the new folder could not take its place
-                old.rename(out)
-            for folder in (new, old):
-                shutil.rmtree(folder, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        if out.exists():
+            out.rename(old)  # if this fails (a program has it open, say), both folders are there
+        new.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
     except (ValueError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:
