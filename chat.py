@@ -145,6 +145,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    for stream in (sys.stdin, sys.stdout):
+    for stream in filter(None, (sys.stdin, sys.stdout)):  # without the closed ones
         stream.reconfigure(errors="replace")
     main()

@@ -633,7 +633,7 @@ def train(config):
         torch.distributed.all_reduce(latest, torch.distributed.ReduceOp.MAX)
         if latest > run["step"]:  # on several machines
             raise ValueError(f"{config.out}: is at step {latest} for another process; all must read the same file")
-        fast = nn.parallel.DistributedDataParallel(fast)  # sums up gradients
+        fast = nn.parallel.DistributedDataParallel(fast)  # gradients become their mean over all
     # One turn more than steps: the last only evaluates and saves.
     bar = tqdm(range(run["step"], config.max_iters + 1), total=config.max_iters, initial=run["step"], unit="char",
                unit_scale=config.batch_size * config.grad_accum * config.block_size, disable=RANK > 0 or None)
