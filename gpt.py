@@ -1,17 +1,21 @@
-"""A character-level GPT in one file: it reads text one character at a time and learns to write more of it.
+"""A character-level GPT in one file: it reads text character by character and learns to write more.
 
-    python gpt.py                      train on the documentation that Python carries, then show a sample
-    python gpt.py --data book.txt      train on any UTF-8 text; the same command again carries on from its checkpoint
-    python gpt.py --help               every hyperparameter is a flag of the same name
-    python chat.py                     talk to the model
+    python gpt.py                    train on the documentation that Python carries
+    python gpt.py --data book.txt    train on any UTF-8 text; the same command again carries on
+    python gpt.py --help             every hyperparameter is a flag of the same name
+    python chat.py                   talk to the model
 
-Read it from the top: hyperparameters, tokenizer, data, model, loss estimate, checkpoints, training. It builds what the
-freeCodeCamp course "Create a Large Language Model from Scratch with Python" builds. Letters in comments are sizes:
-B batch (texts side by side), T time (characters in a text), C channels (n_embd numbers that describe a character),
-H heads, D head size (C / H), V vocabulary.
+It follows the freeCodeCamp course "Create a Large Language Model from Scratch with Python".
+Part one is the lesson: what a GPT is and how it learns. Part two is the craft that keeps a run safe
+and makes it fast: checkpoints, devices, the command line. Skip that on a first reading.
+Letters in comments are sizes:
+    B  batch: texts worked on side by side      H  attention heads
+    T  time: characters in each text            D  head size, C / H
+    C  channels: numbers for each character     V  vocabulary: different characters
 """
-import argparse, hashlib, inspect, itertools, json, math, os, re, shlex, signal, sys, time, unicodedata, warnings
-from contextlib import ExitStack, contextmanager, suppress
+import argparse, copy, hashlib, importlib.util, inspect, itertools, json, math, os, shlex, signal
+import sys, time, unicodedata
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -22,756 +26,901 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 
-# ---------------------------------------------------------------------------------------------------- hyperparameters
-
-DEVICES = [name for name in ("cuda", "mps", "cpu") if getattr(torch, name).is_available()]  # of this machine
-
+# ================================ Part one: the lesson ==========================================
 
 @dataclass
 class Config:
-    """Every setting of a run: chosen, while parameters are learned. ValueError if one makes no sense."""
-    data: str = ""                # text file, .jsonl of pairs, or prepared folder; "" is Python's documentation
-    out: str = ""                 # checkpoint to write and to carry on from; "" is named after the data
-    init_from: str = ""           # checkpoint whose weights and vocabulary a new run starts from (fine-tuning)
+    """The settings of a run. People choose these; parameters are what the model learns instead."""
+    data: str = ""                # text, .jsonl of pairs or prepared folder; "" is Python's docs
+    out: str = ""                 # checkpoint, the file of a model; "" is named after the data
+    init_from: str = ""           # checkpoint whose weights a new run starts from (fine-tuning)
     batch_size: int = 32          # texts worked on at once: B
-    block_size: int = 128         # characters of context: T
-    grad_accum: int = 1           # batches that make up one step, over all processes
-    max_iters: int = 900          # steps in all
-    n_embd: int = 128             # numbers that describe a character: C
+    block_size: int = 128         # characters that the model sees at most: T
+    grad_accum: int = 1           # batches that make up one training step
+    max_iters: int = 900          # training steps in all
+    n_embd: int = 128             # numbers that describe each character: C
     n_head: int = 4               # attention heads: H
-    n_layer: int = 4              # layers (each a Block); 0 is the simplest model, nearly a bigram: sees one character
-    dropout: float = 0.1          # share of activations turned off in training
+    n_layer: int = 4              # blocks on top of each other; 0 is a model without attention
+    dropout: float = 0.1          # share of activations (see FeedForward) turned off in training
     optimizer: str = "adamw"      # adamw or muon
-    learning_rate: float = 3e-3   # step size at its peak, after warm-up
-    weight_decay: float = 0.02    # pull of the weight matrices towards 0
-    warmup_iters: int = 100       # steps over which the learning rate climbs to its peak
-    grad_clip: float = 1.0        # longest gradient allowed; 0 is no limit
+    learning_rate: float = 3e-3   # size of a training step at its largest
+    weight_decay: float = 0.02    # how strongly weights are pulled towards 0
+    warmup_iters: int = 100       # steps over which the learning rate climbs to its largest
+    grad_clip: float = 1.0        # gradients longer than this are shortened; 0 is never
     eval_interval: int = 150      # steps between two evaluations, each of which saves
-    eval_iters: int = 10          # batches per evaluation and split
-    seed: int = 1337              # same seed, corpus and settings: same model
-    device: str = "cuda" if "cuda" in DEVICES else "cpu"  # cpu, cuda or mps
-    dtype: str = "float32"        # float32, or bfloat16: half the bits, faster matrix products
-    compile: bool = False         # let torch.compile merge small operations into fast ones
+    eval_iters: int = 10          # batches that an evaluation reads of each split
+    seed: int = 1337              # where the random numbers start
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or mps
+    dtype: str = "float32"        # float32, or bfloat16 with half the bits
+    compile: bool = False         # let torch.compile turn the model into faster code
 
     def __post_init__(self):
-        choices = {"optimizer": ("adamw", "muon"), "dtype": ("float32", "bfloat16")}
-        for field in fields(self):
-            name = field.name
-            value = field.type(getattr(self, name) or field.type())  # a Path to str, None to "", 0 or False
-            setattr(self, name, value)
-            low = 0 if field.type is float or name in ("n_layer", "max_iters", "warmup_iters", "seed") else 1
-            high = {"dropout": 0.99, "n_layer": 1000}.get(name, 2**31)
-            if field.type in (int, float) and not low <= value <= high:
-                raise ValueError(f"{name} must be from {low} to {high}, not {value}")
-            if value not in choices.get(name, (value,)):
-                raise ValueError(f"{name} must be {' or '.join(choices[name])}, not {value!r}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} must be divisible by n_head {self.n_head}: the heads share it out")
-        self.out = self.out or (Path(self.data).resolve().stem if self.data else "model") + ".pkl"
-        self.answers_prompts = self.data.endswith(".jsonl")  # chat then takes a line and waits for the answer's end
+        check(self)  # in part two: ValueError names a setting that makes no sense
+
+    @property
+    def answers_prompts(self):
+        """Whether the model is trained on pairs of prompt and answer."""
+        return self.data.endswith(".jsonl")
 
 
-ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer")  # weights fit only a model that has these in common
+# -------------------------------- tokenizer and data --------------------------------------------
 
-
-def device_defaults(device):
-    """What a device wants other than the values above, which are for a CPU: a GPU gets the course's larger model."""
-    if device != "cuda":
-        return {}
-    return dict(batch_size=64, block_size=256, max_iters=5000, n_embd=384, n_head=8, n_layer=8, dropout=0.2,
-                learning_rate=1e-3, warmup_iters=200, eval_interval=500, eval_iters=20, compile=True,
-                dtype="bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32")
-
-
-# ---------------------------------------------------------------------------------------------------------- tokenizer
-
-END = "\x03"    # ASCII's "end of text": closes every document, and every answer, so that the model learns to stop
-UNK = "\ufffd"  # Unicode's replacement character: stands for whatever is not in the vocabulary
+END = "\x03"    # ASCII's "end of text" closes each document and answer: so the model learns to stop
+UNK = "\ufffd"  # Unicode's replacement character stands for whatever is not in the vocabulary
 
 
 class CharTokenizer:
-    """Characters to token ids and back (lesson: encoder and decoder are inverse maps).
+    """Turns characters into token ids and back (lesson: encoder and decoder are inverse maps).
 
-    The vocabulary is the sorted set of characters. That keeps it small and the sequences long; words as tokens would do
-    the reverse, and subwords (byte-pair encoding, as in GPT-2) are the compromise that large models make.
-
+    The vocabulary is the sorted set of characters: small, and texts get long. Words as tokens do
+    the reverse, and subwords (as in GPT-2) are the compromise. The course has two dictionaries:
+        char_to_id = {char: id for id, char in enumerate(chars)}
+        id_to_char = {id: char for id, char in enumerate(chars)}
+    Two arrays hold the same here, and look up a whole text at once. Their "code" is the number that
+    Unicode gives a character (ord); UTF-32 writes a text as these numbers, four bytes each.
     chars: any iterable of characters; END and UNK are added.
     """
 
     def __init__(self, chars):
         self.chars = "".join(sorted({*chars, END, UNK}))
         self.vocab_size = len(self.chars)
-        self.end, self.unk = self.chars.index(END), self.chars.index(UNK)
-        self._codes = np.array([ord(c) for c in self.chars], dtype="<u4")                             # id -> code point
-        self._ids = np.full(sys.maxunicode + 1, self.unk, "<u2" if self.vocab_size <= 2**16 else "<u4")  # and back
-        self._ids[self._codes] = np.arange(self.vocab_size)
-
-    @classmethod
-    def from_text(cls, text):
-        return cls(set(text))
+        self.end = self.chars.index(END)
+        self.unk = self.chars.index(UNK)
+        self.id_to_code = np.array([ord(char) for char in self.chars], "<u4")  # 4-byte integers
+        # A slot for each character of Unicode: all of them UNK at first, then ours get their ids.
+        self.code_to_id = np.full(sys.maxunicode + 1, self.unk, np.uint16)
+        self.code_to_id[self.id_to_code] = np.arange(self.vocab_size)
 
     def encode(self, text):
-        """str -> ids, 1-D uint16 (uint32 past 65,536 entries). Unknown characters become UNK; it never fails."""
-        # UTF-32 is each character's ord(): an array looks up all of them at once, a dict one at a time.
-        return self._ids[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")]
+        """str -> ids, 1-D uint16. Characters outside the vocabulary become UNK; it never fails."""
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+        return self.code_to_id[codes]
 
     def decode(self, ids):
-        """Ids (list or integer array) -> str."""
-        return self._codes[np.asarray(ids, dtype=np.int64)].tobytes().decode("utf-32-le", "surrogatepass")
+        """Ids, a list or an integer array -> str."""
+        codes = self.id_to_code[np.asarray(ids, np.int64)]
+        return codes.tobytes().decode("utf-32-le", "surrogatepass")
 
-
-# --------------------------------------------------------------------------------------------------------------- data
 
 def clean(text):
-    """\\r\\n becomes \\n; END (reserved for the ends of documents) and surrogates (half characters) become UNK."""
-    return re.sub(f"[{END}\ud800-\udfff]", UNK, text.replace("\r\n", "\n"))
+    """Windows' line ends become plain ones. END is ours, so one inside a text becomes UNK."""
+    return text.replace("\r\n", "\n").replace(END, UNK)
 
 
 def read_text(path):
-    """A UTF-8 file as str, cleaned; a byte-order mark goes, and bytes that are not UTF-8 become UNK.
-
-    "" is the documentation of the Python language, half a million characters that every CPython has.
-    """
-    if not path:
-        from pydoc_data.topics import topics
-        return END.join(clean(text) for text in topics.values())
-    return clean(Path(path).read_bytes().decode("utf-8-sig", "replace"))
+    """A UTF-8 file -> str; bytes that are not UTF-8 become UNK, and a byte-order mark is removed.
+    Without a path: the documentation that every CPython carries, half a million characters."""
+    if path:
+        return clean(Path(path).read_bytes().decode("utf-8-sig", "replace"))
+    from pydoc_data.topics import topics
+    return END.join(clean(text) for text in topics.values())
 
 
 def read_pairs(path):
-    """A .jsonl of {"prompt": ..., "completion": ...} lines -> a document for each. ValueError names a bad line."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    """A .jsonl of {"prompt": ..., "completion": ...} lines -> a list with a document for each.
+    ValueError names a line that is something else."""
+    documents = []
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         try:
-            if line.strip():
-                pair = json.loads(line)
-                yield clean(pair["prompt"] + "\n" + pair["completion"]) + END
+            pair = json.loads(line)
+            documents.append(clean(pair["prompt"] + "\n" + pair["completion"]) + END)
         except (ValueError, TypeError, KeyError):
-            raise ValueError(f'{path}, line {number}: not {{"prompt": "...", "completion": "..."}}') from None
+            raise ValueError(f'{path}, line {number}: not {{"prompt": "...", "completion": "..."}}')
+    return documents
 
 
-def read_folder(folder):
-    """What prepare_owt.py wrote -> memory-mapped splits and tokenizer. ValueError names what is missing or broken."""
-    try:
-        chars = json.loads(Path(folder, "vocab.json").read_text("utf-8"))
-        tokenizer = CharTokenizer(chars)
-        if chars != [*tokenizer.chars]:
-            raise ValueError("vocab.json is no sorted list of characters with END and UNK")
-        # The files stay on disk and look like arrays: only what is touched is read.
-        return {name: np.memmap(Path(folder, f"{name}.bin"), "<u2", "r") for name in ("train", "val")}, tokenizer
-    except (ValueError, TypeError, FileNotFoundError) as error:
-        raise ValueError(f"{folder}: not as prepare_owt.py writes it: {error}") from None
+def load_data(config, chars=""):
+    """The corpus that config.data names -> ({"train": ids, "val": ids}, tokenizer).
 
-
-def load_data(config, tokenizer=None):
-    """The corpus that config.data names -> ({"train": ids, "val": ids}, tokenizer). ids: 1-D uint16, array or memmap.
-
-    The first 90 % are for training and the rest for validation: an exam needs questions that the homework had not, or
-    memorising would look like learning. A folder has its own tokenizer; a text takes the given one (fine-tuning,
-    training on) or makes one.
-    ValueError if the corpus is too small or broken, OSError if it cannot be read.
+    The first 90 % are for training, the rest for validation: an exam needs questions that the
+    homework did not have, or learning by heart would look like learning. A folder is what
+    prepare_owt.py made of a corpus larger than memory: np.memmap looks like an array, but reads
+    from its file only what is used (in pages of 4 KiB).
+    chars: the vocabulary of a model whose training goes on. ids: 1-D uint16, an array or a memmap.
+    ValueError if the corpus is too short or damaged, OSError if it cannot be read.
     """
     if os.path.isdir(config.data):
-        splits, tokenizer = read_folder(config.data)
+        tokenizer = CharTokenizer(json.loads(Path(config.data, "vocab.json").read_text("utf-8")))
+        train = np.memmap(Path(config.data, "train.bin"), "<u2", "r")  # 2-byte integers, read only
+        val = np.memmap(Path(config.data, "val.bin"), "<u2", "r")
     else:
-        text = list(read_pairs(config.data)) if config.answers_prompts else read_text(config.data) + END
-        cut = int(0.9 * len(text))  # characters; of pairs, whole documents
-        parts = text[:cut], text[cut:]
-        if config.answers_prompts:  # a handful is a fair corpus: it is repeated until a block fits
-            parts = [part * (config.block_size // max(1, len(part)) + 1) for part in map("".join, parts)]
-        tokenizer = tokenizer or CharTokenizer.from_text("".join(parts))
-        splits = dict(zip(("train", "val"), map(tokenizer.encode, parts)))
-    for name, ids in splits.items():
-        if len(ids) <= config.block_size:
-            raise ValueError(f"{config.data or 'the documentation'}: {len(ids)} characters in {name} are no more "
-                             f"than block_size {config.block_size}: lower --block_size or add text")
-    return splits, tokenizer
+        if config.answers_prompts:
+            text = read_pairs(config.data)  # a list of documents: the cut falls between two of them
+        else:
+            text = read_text(config.data) + END
+        tokenizer = CharTokenizer(chars or "".join(text))
+        cut = int(0.9 * len(text))
+        train = tokenizer.encode("".join(text[:cut]))
+        val = tokenizer.encode("".join(text[cut:]))
+        if config.answers_prompts:  # a few pairs are a fair corpus: repeat them until a block fits
+            train = np.tile(train, 1 + config.block_size // max(1, len(train)))
+            val = np.tile(val, 1 + config.block_size // max(1, len(val)))
+    if chars and tokenizer.chars != chars:
+        raise ValueError(f"{config.data}: its vocabulary is not that of the model")
+    shorter = min(len(train), len(val))
+    if shorter <= config.block_size:
+        raise ValueError(f"{config.data or 'the corpus'}: {shorter} characters in a split are no "
+                         f"more than block_size {config.block_size}: lower it or add text")
+    return {"train": train, "val": val}, tokenizer
 
 
 def get_batch(data, config, starts=None):
-    """Blocks of text and what follows each character: (x, y), int64 (B, T) on config.device; y is x shifted by one.
+    """Blocks of text, and what follows each character in them: (x, y), int64 (B, T).
 
-    A block of T characters holds T examples, one for each prefix: after "h" comes "e", after "he" comes "l". A batch
-    is B such blocks, stacked, which a GPU works through at once. starts: where they begin, (B,) integers; random if
-    None. Only these B * (T + 1) ids are read of a memmap. int64 because embeddings index with it; in a matrix product
-    with float32 it would be an error.
+    A block of T characters holds T examples, one for each beginning: after "h" comes "e", after
+    "he" comes "l". A batch is B blocks, stacked. Both are tensors: arrays of numbers with a shape,
+    a type (dtype) and a device that holds them. Ids are int64, since embeddings are indexed with
+    integers. Types must agree: "expected Long but found Float" means float32 where ids should be.
+    data: ids, 1-D. starts: where the blocks begin, (B,) integers; random if None. With T = 2,
+    starts [5, 9] read the places [5, 6, 7] and [9, 10, 11].
     """
     if starts is None:
         starts = torch.randint(len(data) - config.block_size, (config.batch_size,)).numpy()
-    rows = starts[:, None] + np.arange(config.block_size + 1)  # (B, 1) + (T + 1,) -> (B, T + 1): a row for each block
-    blocks = torch.from_numpy(data[rows].astype(np.int64))
-    if config.device == "cuda":  # from pinned memory the copy runs while the GPU computes
+    places = starts[:, None] + np.arange(config.block_size + 1)  # (B, 1) + (T + 1,) -> (B, T + 1)
+    blocks = torch.from_numpy(data[places].astype(np.int64))
+    if config.device == "cuda":  # pinned memory stays in place: a GPU fetches from it by itself
         blocks = blocks.pin_memory()
     blocks = blocks.to(config.device, non_blocking=config.device == "cuda")
     return blocks[:, :-1], blocks[:, 1:]
 
 
-# -------------------------------------------------------------------------------------------------------------- model
+# -------------------------------- model ---------------------------------------------------------
 
 class Head(nn.Module):
-    """Self-attention: how characters look at one another (Vaswani et al. 2017, "Attention Is All You Need").
+    """Self-attention: how a character looks at those before it (Vaswani et al. 2017).
 
-    Each character asks a query ("what am I looking for?"), offers a key ("what do I contain?") and passes on a value.
-    The dot product of query and key is a score; the scores, as shares that sum to 1, weigh the values. A recurrent
-    network would carry the past along step by step; here all positions look back at once, which is what GPUs do well.
+    A character is described by C numbers, x. Three learned mixes of them are its query ("what am I
+    looking for?"), its key ("what do I contain?") and its value ("what do I pass on?"). A query
+    times a key is a score for how well the two fit. The scores become shares, and each character
+    takes that mixture of the values. A recurrent network carries the past along step by step; here
+    all positions look back at once, which is what GPUs are good at.
 
-        scores = q @ k.transpose(-2, -1)                        # (T, D) @ (D, T): the inner sizes must agree
-        scores = scores / D ** 0.5                              # scores grow with D: else softmax picks a single winner
-        past = torch.ones(T, T, dtype=torch.bool).tril()        # lower triangle: position t sees 0 ... t
-        scores = scores.masked_fill(~past, float("-inf"))       # ... and never the future, which it is to predict
-        shares = scores.softmax(dim=-1)                         # e ** score over their sum; e ** -inf is 0
-        out = shares @ v                                        # a weighted sum of values
-
-    F.scaled_dot_product_attention does this for all heads at once and stores neither the T x T scores nor the mask,
-    which the course keeps in a register_buffer (not learned, but moved with the model). q, k, v: (B, H, T, D) each.
+    q, k, v: (B, H, T, D), all heads in one call; MultiHeadAttention below makes them. The course
+    has a module for each head, with Linear layers of its own: the same numbers, more slowly.
     """
 
+    def written_out(self, q, k, v):
+        """What forward computes, step by step, for reading and for trying out with print."""
+        T, D = q.shape[-2:]
+        # In a matrix product each number is a row times a column, summed; the inner sizes must
+        # agree: (T, D) @ (D, T) -> (T, T), a score for each pair of positions.
+        scores = q @ k.transpose(-2, -1)                          # (B, H, T, T)
+        # A sum of D products, whose signs differ, grows like sqrt(D). With large scores softmax
+        # would pick one winner, and the others could not learn.
+        scores = scores / math.sqrt(D)
+        # Position t sees positions 0 to t, the lower triangle: the rest is the future, which the
+        # model is to predict. (The course keeps this constant mask in a register_buffer.)
+        visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~visible, -math.inf)
+        # Softmax: e ** score over the sum of the row. These are shares of 1; e ** -inf is 0.
+        shares = scores.softmax(dim=-1)                           # (B, H, T, T)
+        return shares @ v                                         # (B, H, T, D)
+
     def forward(self, q, k, v):
-        # A single query is generation's newest character, which may see every key: no mask. The course's dropout on the
-        # shares would cost a CPU 40 % of its training rate, and gained nothing here.
+        # The same in one call, which never stores the T x T scores. It needs the mask (is_causal)
+        # unless there is one query only: generation's newest character may see every key. The
+        # course has dropout on the shares too: it gained nothing here, and makes a CPU slower.
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[-2] > 1)
 
 
 class MultiHeadAttention(nn.Module):
-    """Several heads, each in D channels of its own, see the same text from different sides. (B, T, C) -> (B, T, C)."""
+    """Several heads read the same text at the same time, like several readers of one book, each
+    with questions of its own. Their findings are joined and mixed. (B, T, C) -> (B, T, C).
+
+    An nn.Linear is Wx + b: a matrix product with learned weights W, and a learned bias b. An
+    nn.Module finds the parameters inside it, so that the optimizer can be handed all of them,
+    .to(device) moves all of them and state_dict() saves all of them.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # queries, keys and values at once: Wx
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # q, k, v of all heads
         self.head = Head()
-        self.proj = nn.Linear(config.n_embd, config.n_embd)  # Wx + b, both learned: lets the heads' findings mix
+        self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, layer=0):
-        B, T, C = x.shape  # print(x.shape) works here and in every forward
-        q, k, v = (part.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # each (B, T, C) -> (B, H, T, D)
-                   for part in self.qkv(x).chunk(3, dim=-1))
-        if cache:
-            k, v = cache.extend(layer, k, v)
-        heads = self.head(q, k, v).transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, C): heads side by side
-        return self.dropout(self.proj(heads))
+    def forward(self, x, cache=None):
+        B, T, C = x.shape
+        H, D = self.n_head, C // self.n_head
+        q, k, v = self.qkv(x).split(C, dim=2)        # (B, T, C) each
+        q = q.view(B, T, H, D).transpose(1, 2)       # (B, T, C) -> (B, T, H, D) -> (B, H, T, D)
+        k = k.view(B, T, H, D).transpose(1, 2)
+        v = v.view(B, T, H, D).transpose(1, 2)
+        if cache:                                    # in generation only: see Cache
+            k, v = cache.extend(self, k, v)
+        x = self.head(q, k, v)                       # (B, H, T, D)
+        x = x.transpose(1, 2).reshape(B, T, C)       # heads side by side again
+        return self.dropout(self.proj(x))
 
 
 class FeedForward(nn.Sequential):
-    """Linear, ReLU, Linear, run in turn by Sequential: each character thinks by itself. (B, T, C) -> (B, T, C).
+    """Linear, ReLU, Linear, run in turn by Sequential: each character thinks about what it has
+    seen. (B, T, C) -> (B, T, C).
 
-    Without the ReLU between them, which makes negatives 0, two linear maps would be one. (Sigmoid and tanh bend too,
-    but flatten out and learn slowly there.) Dropout turns off random activations, so that none can lean on another.
+    ReLU makes negative numbers 0; without it, two linear maps would be no more than one. (Sigmoid
+    and tanh bend too, but are flat for large inputs, and learn slowly there.) Dropout turns off
+    random activations, the numbers between layers, so that none can rely on another. It does so
+    in training only.
     """
 
     def __init__(self, config):
-        super().__init__(nn.Linear(config.n_embd, 4 * config.n_embd), nn.ReLU(inplace=True),
+        super().__init__(nn.Linear(config.n_embd, 4 * config.n_embd), nn.ReLU(),
                          nn.Linear(4 * config.n_embd, config.n_embd), nn.Dropout(config.dropout))
-
-    def forward(self, x):
-        # As a matrix, (B * T, C), in which ReLU in place is faster.
-        return super().forward(x.flatten(0, -2)).view_as(x)
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each added to its input and normalised (post-norm, as in the course).
+    """Attention, then feed-forward: one layer of the model. (B, T, C) -> (B, T, C).
 
-    The residual (x + ...) carries the input past each sub-layer and gives gradients a short way back; the norm (mean 0,
-    variance 1) keeps the sums at one scale. This is the Transformer's decoder alone: with no second text to translate
-    from, there is no encoder and no cross-attention.
+    Each result is added to its input. This residual keeps what was known, and gives learning a
+    short way back to the first layers. The norm gives each character's C numbers mean 0 and
+    variance 1, so that sums keep one scale. Add, then norm is post-norm, as in the course; GPT-2
+    took pre-norm, x + sublayer(norm(x)).
+    The first Transformer translated: an encoder read one language, and its decoder, with
+    cross-attention to that, wrote the other. This is the decoder alone.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.attention, self.feedforward = MultiHeadAttention(config), FeedForward(config)
-        self.norm1, self.norm2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
+        self.attention = MultiHeadAttention(config)
+        self.feedforward = FeedForward(config)
+        self.norm1 = nn.LayerNorm(config.n_embd)
+        self.norm2 = nn.LayerNorm(config.n_embd)
 
-    def forward(self, x, cache=None, layer=0):
-        x = self.norm1(x + self.attention(x, cache, layer))
+    def forward(self, x, cache=None):
+        x = self.norm1(x + self.attention(x, cache))
         return self.norm2(x + self.feedforward(x))
 
 
 class Cache:
-    """The keys and values of the characters read so far (see Head), so that a new one costs 1 position and not T."""
+    """The keys and values of the characters that generation has read so far.
 
-    def __init__(self, config, batch_size, like):
-        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.layers = [(like.new_empty(shape), like.new_empty(shape)) for _ in range(config.n_layer)]
-        self.position = 0  # how many characters are in
+    Nobody looks ahead, in any layer, so a later character cannot change the key and value of an
+    earlier one. They are computed once and kept: a new character costs 1 position's work, not T's.
+    """
+
+    def __init__(self):
+        self.keys, self.values = {}, {}  # of each MultiHeadAttention: (B, H, length, D)
+        self.length = 0                  # how many characters have been read
 
     def extend(self, layer, k, v):
-        """Keeps k and v (B, H, T, D) of the new characters; returns those of all characters up to now."""
-        keys, values = self.layers[layer]
-        start, count = self.position, k.shape[2]
-        keys.narrow(2, start, count).copy_(k)  # narrow(2, ...) is [:, :, start : start + count], in less time
-        values.narrow(2, start, count).copy_(v)
-        return keys.narrow(2, 0, start + count), values.narrow(2, 0, start + count)
+        """Adds the keys and values of new characters; returns those of all characters."""
+        if layer in self.keys:
+            k = torch.cat((self.keys[layer], k), dim=2)
+            v = torch.cat((self.values[layer], v), dim=2)
+        self.keys[layer], self.values[layer] = k, v
+        return k, v
 
 
 class GPT(nn.Module):
-    """Token ids in; out, at each position, a score (a logit; softmax makes it a share) for each possible next one."""
+    """Token ids in; out, at each position, a score for each character that could come next.
+
+    An embedding is a table with a row of C numbers for each id: what the model knows of that
+    character. Attention sees a set without order, so each position has a row as well. All of them
+    start at random and are learned. (The first Transformer computed its positions, with sines.)
+    """
 
     def __init__(self, config, vocab_size):
         super().__init__()
         self.config = config
-        self.tokens = nn.Embedding(vocab_size, config.n_embd)             # what the model knows of each character
-        self.positions = nn.Embedding(config.block_size, config.n_embd)   # where it is: attention alone knows no order
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))  # holds them; forward runs them
-        self.norm = nn.LayerNorm(config.n_embd)  # the only one if n_layer is 0
-        self.head = nn.Linear(config.n_embd, vocab_size)
-        for name, p in self.named_parameters():
-            if p.ndim == 2:
-                nn.init.normal_(p, std=0.02)  # N(0, 0.02): so small that the first guess is nearly uniform
+        self.tokens = nn.Embedding(vocab_size, config.n_embd)
+        self.positions = nn.Embedding(config.block_size, config.n_embd)
+        # A ModuleList only holds its modules; forward runs them.
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, vocab_size)
+        # Matrices start at random, N(0, 0.02), normal with mean 0 and spread 0.02: different, so
+        # that neurons learn different things; small, so that signals and gradients neither explode
+        # nor vanish on their way through the layers.
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
-                nn.init.zeros_(p)
+                nn.init.zeros_(parameter)
 
     def forward(self, index, targets=None, cache=None):
-        """index, targets: int64 (B, T), T <= block_size -> logits (B, T, V), and the loss (None without targets).
+        """index, targets: int64 (B, T), T <= block_size -> (logits (B, T, V), loss or None).
 
-        The loss is the cross-entropy, or negative log likelihood: the mean of -ln(share given to the character that
-        came). A uniform guess over V characters costs ln V (ln 80 = 4.38). Mean squared error is for regression. With a
-        cache, index goes on from what that holds: many characters if it is empty, else one at a time.
+        Logits are scores; softmax makes shares of them. The loss is the cross-entropy, or negative
+        log likelihood: the mean of -ln(share of the character that came). An untrained model
+        guesses evenly, 1/V for each, which costs ln V: 4.38 for 80 characters. (Mean squared error
+        belongs to regression, where a quantity is to be met.)
+        With a cache, index holds only what follows the characters in it.
         """
-        start, T = cache.position if cache else 0, index.shape[1]
-        if start + T > self.config.block_size:
-            raise ValueError(f"{start + T} characters do not fit the context: block_size is {self.config.block_size}")
-        x = self.tokens(index) + self.positions.weight[start : start + T]  # (B, T, C) + (T, C)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, cache, layer)
+        start = cache.length if cache else 0
+        end = start + index.shape[1]
+        if end > self.config.block_size:
+            raise ValueError(f"{end} characters do not fit: block_size is {self.config.block_size}")
+        x = self.tokens(index) + self.positions.weight[start:end]  # (B, T, C) + (T, C)
+        for block in self.blocks:
+            x = block(x, cache)
         if cache:
-            cache.position += T
-        logits = self.head(self.norm(x))
-        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            cache.length = end
+        logits = self.lm_head(self.norm(x))                        # (B, T, V)
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())  # (B*T, V), (B*T,)
+        return logits, loss
 
+    @torch.no_grad()  # gradients are for learning only
     def stream(self, index, max_new_tokens, temperature=1.0, top_k=None):
-        """Continues index, int64 (B, T) with T >= 1, and yields one new character at a time, (B, 1).
+        """Continues index, int64 (B, T) with T >= 1: yields one new character at a time, (B, 1).
 
-        temperature below 1 sharpens the choice (0 always takes the likeliest), above 1 flattens it; top_k keeps the k
-        likeliest. The model sees the last block_size characters, or fewer: what is cached cannot change its position,
-        so a full cache is emptied and its last half read anew. A character costs the same however long the text.
+        A temperature below 1 makes likely characters likelier (0 always takes the likeliest), one
+        above 1 evens them out. top_k allows only the k likeliest. ValueError if they make no sense.
+        The model sees block_size characters. When they are full, the last half moves to the front.
+        Its keys belonged to its old positions, so that half is read again. This happens once in
+        block_size / 2 characters: on average each costs the same, however long the text.
         """
         if not (index.shape[1] and temperature >= 0 and (top_k is None or top_k >= 1)):
-            raise ValueError("generation needs a first character, temperature >= 0 and top_k >= 1 or None")
-        block_size, cache = self.config.block_size, Cache(self.config, len(index), self.tokens.weight)
-        index = unread = index[:, -block_size:]
+            raise ValueError("generation needs a first character, temperature >= 0 and top_k >= 1")
+        block_size = self.config.block_size
+        index = index[:, -block_size:]                          # crop to what the model can see
+        unread = index                                          # what is not in the cache yet
+        cache = Cache()
         for _ in range(max_new_tokens):
-            with torch.inference_mode():  # no gradients; left before yield, or the caller would be in it too
-                if cache.position + unread.shape[1] > block_size:
-                    cache.position, unread = 0, index[:, -max(1, block_size // 2) :]
-                logits = self(unread, cache=cache)[0][:, -1].float()  # (B, V): only the last position's guess is new
-                if top_k is not None:
-                    best = logits.topk(min(top_k, logits.shape[1]))
-                    logits = torch.full_like(logits, -math.inf).scatter(1, best.indices, best.values)
-                shares = F.softmax(logits / max(temperature, 1e-6), dim=-1)
-                unread = torch.multinomial(shares, 1)  # draw, do not just take the likeliest
-                index = torch.cat((index, unread), dim=1)[:, -block_size:]
-            yield unread.clone()  # an ordinary tensor, since it is made outside
+            if cache.length + unread.shape[1] > block_size:
+                unread = index[:, -max(1, block_size // 2):]
+                cache = Cache()
+            logits, _ = self(unread, cache=cache)               # (B, T, V)
+            logits = logits[:, -1].float()                      # (B, V): only this guess is new
+            logits = logits / max(temperature, 1e-6)
+            if top_k:                                           # those below the k-th get share 0
+                likeliest = logits.topk(min(top_k, logits.shape[1])).values
+                logits = logits.masked_fill(logits < likeliest[:, -1:], -math.inf)
+            shares = F.softmax(logits, dim=-1)
+            unread = torch.multinomial(shares, 1)               # draw one, (B, 1)
+            index = torch.cat((index, unread), dim=1)[:, -block_size:]
+            yield unread
 
     def generate(self, index, max_new_tokens, temperature=1.0, top_k=None):
-        """index (B, T) and its continuation, (B, T + max_new_tokens). See stream."""
+        """index (B, T) with its continuation, (B, T + max_new_tokens). See stream."""
         return torch.cat((index, *self.stream(index, max_new_tokens, temperature, top_k)), dim=1)
 
 
-# ------------------------------------------------------------------------------------------------------ loss estimate
+# -------------------------------- learning ------------------------------------------------------
 
 def autocast(config):
-    """With --dtype bfloat16: 16 bits for the matrix products, float32 where digits count (norm, softmax, loss)."""
+    """With dtype bfloat16, matrix products use 16 bits, faster where the processor has instructions
+    for them. What needs more digits (norm, softmax, loss) stays float32."""
     return torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
+@torch.no_grad()
 def estimate_loss(model, splits, config):
-    """Mean loss over eval_iters batches of each split: {"train": float, "val": float}.
+    """Mean loss of each split, over eval_iters batches: {"train": float, "val": float}.
 
-    The batches lie evenly over the split and are the same every time, so that two evaluations can be compared. eval()
-    turns dropout off: the exam is taken with the whole brain. no_grad() saves the memory that only learning needs.
+    The batches are spread evenly over the split and the same every time, so that two evaluations
+    can be compared. eval() turns dropout off; no_grad() saves work that only learning needs.
+    Overfitting is when train falls on while val rises: the model learns by heart. More text, more
+    dropout, a smaller model or fewer steps help; the weights with the lowest val are kept anyway.
     """
-    training, losses = model.training, {}
     model.eval()
-    with torch.no_grad(), autocast(config):
-        for name, data in splits.items():
-            last, count = len(data) - config.block_size - 1, config.eval_iters * config.batch_size
-            starts = np.linspace(0, last, count, dtype=np.int64).reshape(config.eval_iters, config.batch_size)
-            losses[name] = torch.stack([model(*get_batch(data, config, row))[1] for row in starts]).mean().item()
-    model.train(training)
-    return losses
+    means = {}
+    for name, data in splits.items():
+        last = len(data) - config.block_size - 1
+        starts = np.linspace(0, last, config.eval_iters * config.batch_size, dtype=np.int64)
+        losses = []
+        for batch_starts in np.split(starts, config.eval_iters):
+            x, y = get_batch(data, config, batch_starts)
+            with autocast(config):
+                logits, loss = model(x, y)
+            losses.append(loss)
+        means[name] = torch.stack(losses).mean().item()
+    model.train()
+    return means
 
 
-# -------------------------------------------------------------------------------------------------------- checkpoints
+def make_optimizers(model, config):
+    """[AdamW], or [AdamW, Muon]: what moves the weights.
 
-def save_checkpoint(path, checkpoint):
-    """Writes a dict of plain values and tensors. Whatever happens, path holds the old file or the new one, whole."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())  # on the disk, not only on its way there, before the old file goes
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
-        raise OSError(f"{path}: not saved, and as it was before: {error}") from error
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    A weight's gradient says how the loss changes if that weight grows a little. Gradient descent
+    moves it the other way. Adam (Kingma and Ba 2014) keeps two running averages for each weight:
+    that of its gradients (momentum), which evens out their noise, and that of their squares (as in
+    RMSprop). A step is average / sqrt(average of squares), so that all weights move at a similar
+    pace. betas: how much of an average stays at each step, so that they reach back about 10 and 100
+    steps. fused: one call moves all weights. The W (Loshchilov and Hutter 2017) is weight decay:
+    each step also shrinks matrices a little, since large weights are the way to learn by heart.
 
-
-def load_checkpoint(path):
-    """Reads what save_checkpoint wrote, on the CPU. OSError if there is no file, ValueError if it is another kind.
-
-    weights_only=True unpickles tensors and plain values and nothing else: a stranger's checkpoint cannot run code.
-    Its tensors are tried on the meta device, which has shapes but no memory, before a real model is built.
+    Muon (Jordan 2024), an option that a first reading can skip, is for the matrices of the blocks.
+    It makes their momentum roughly orthogonal: then a matrix moves about as far in each direction,
+    and none drowns the others. match_rms_adamw lets it use AdamW's learning rate.
     """
-    with open(path, "rb") as file, warnings.catch_warnings(record=True):  # hides them
-        try:
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-            config = Config(**saved["config"])
-            with torch.device("meta"):
-                model = GPT(config, CharTokenizer(saved["chars"]).vocab_size)
-            if sum(p.nbytes for p in model.parameters()) > os.path.getsize(path):
-                raise ValueError("the file is smaller than its model")
-            restore(make_optimizers(model, config), saved["optimizer"])
-            for weights in (saved["model"], saved["best"]):
-                model.load_state_dict(weights)  # RuntimeError where names or shapes differ
-            return saved | {"config": asdict(config), "corpus": str(saved["corpus"]),
-                            "step": int(saved["step"]), "losses": dict(saved["losses"])}
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}".split(". ")[0][:150]
-            raise ValueError(f"{path}: no checkpoint of gpt.py, or damaged: {reason}") from error
-
-
-def restore(optimizers, states):
-    """Gives optimizers the states from a checkpoint. ValueError if those do not fit the weights."""
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        names = ("momentum_buffer",) if isinstance(optimizer, torch.optim.Muon) else ("step", "exp_avg", "exp_avg_sq")
-        for p, tensors in optimizer.state.items():
-            implied = {name: () if name == "step" else p.shape for name in names}
-            if {name: t.shape for name, t in tensors.items() if t.is_contiguous()} != implied:
-                raise ValueError("the optimizer's state does not fit the weights")
-
-
-def load_model(path, device="cpu"):
-    """A checkpoint's best weights -> (model in eval mode on the device, tokenizer, config). See load_checkpoint."""
-    saved = load_checkpoint(path)
-    config, tokenizer = Config(**{**saved["config"], "device": device}), CharTokenizer(saved["chars"])
-    model = GPT(config, tokenizer.vocab_size)
-    model.load_state_dict(saved["best"])
-    return model.to(find_device(device)).eval(), tokenizer, config
-
-
-# ----------------------------------------------------------------------------------------------------------- training
-
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's: process RANK of WORLD
-
-
-def find_device(name):
-    """name, ready for use, or ValueError if this machine has no such device.
-
-    A GPU does the many sums of a matrix product side by side. Tensors that meet in one must be on the same device.
-    """
-    if name not in DEVICES:
-        raise ValueError(f"device must be {' or '.join(DEVICES)} on this machine, not {name!r}")
-    if name == "cuda":
-        if (local := int(os.environ.get("LOCAL_RANK", 0))) >= torch.cuda.device_count():
-            raise ValueError(f"{torch.cuda.device_count()} GPUs are too few for --nproc_per_node {local + 1}")
-        torch.cuda.set_device(local)  # under torchrun each process has a GPU of its own
-        torch.set_float32_matmul_precision("high")  # TF32: fewer digits, far faster
-    return name
+    matrices, muon_matrices, others = [], [], []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            others.append(parameter)
+        elif config.optimizer == "muon" and name.startswith("blocks."):
+            muon_matrices.append(parameter)
+        else:
+            matrices.append(parameter)
+    groups = [{"params": matrices, "weight_decay": config.weight_decay},
+              {"params": others, "weight_decay": 0.0}]
+    optimizers = [torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.99), fused=True)]
+    if muon_matrices:
+        optimizers.append(torch.optim.Muon(muon_matrices, config.learning_rate,
+                                           config.weight_decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def learning_rate(step, config):
-    """How far gradient descent steps: too high overshoots, too low crawls. Linear warm-up, while AdamW's averages are
-    still guesses; then a cosine down to a tenth, to settle."""
+    """How far a step of gradient descent goes: too far overshoots, too short crawls.
+
+    It climbs while the optimizer's averages are still guesses, then falls to a tenth (0.55 + 0.45
+    to 0.55 - 0.45), to settle. To find a good one, try a few, a factor of 3 apart, for some hundred
+    steps.
+    """
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
     progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
     return config.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def make_optimizers(model, config):
-    """[AdamW] or [AdamW, Muon].
+def training_step(model, optimizers, batches, config, step):
+    """One step of gradient descent: forward, backward, step. Returns the mean loss, a tensor.
 
-    Adam (Kingma and Ba 2014) steps by the mean of past gradients (momentum) over their root mean square (RMSprop): each
-    weight has a step size of its own. The W (Loshchilov and Hutter 2017) pulls matrices towards 0 apart from that. Muon
-    (Jordan 2024) makes all directions of a matrix's update equally long (orthogonal), so that none drowns the others;
-    it is for the blocks' matrices, and scaled here so that AdamW's learning rate suits it.
+    backward finds the gradients of all weights in one pass, from the loss back to the first layer,
+    by the chain rule. batches: [(seed, x, y), ...]. More than one is gradient accumulation: their
+    gradients add up before the weights move, the same as one batch too large for memory.
+    Training is nothing but this, max_iters times, each time with fresh batches (see train).
     """
-    muon, decay, plain = [], [], []  # plain: biases and norms, which nothing pulls towards 0
-    for name, p in model.named_parameters():
-        for_muon = config.optimizer == "muon" and name.startswith("blocks.")
-        (plain if p.ndim < 2 else muon if for_muon else decay).append(p)
-    settings = dict(lr=config.learning_rate, weight_decay=config.weight_decay)
-    optimizers = [torch.optim.AdamW([{"params": decay}, {"params": plain, "weight_decay": 0.0}], betas=(0.9, 0.99),
-                                    fused=not model.head.weight.is_meta, **settings)]
-    return optimizers + ([torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw", **settings)] if muon else [])
-
-
-def build(config, vocab_size, data):
-    """(a new model on its device, its optimizers, the model as training calls it: compiled if config asks for that)."""
-    torch.manual_seed(config.seed)
-    model = fast = GPT(config, vocab_size).to(find_device(config.device))
-    if config.compile:
-        try:  # compilers fail late, when they first meet a batch
-            fast = torch.compile(model)
-            training_step(fast, [], data, config, step=0)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            fast = model
-            if RANK == 0:
-                print(f"not compiled: {type(error).__name__}: {error}".split("\n")[0][:150], file=sys.stderr)
-        model.zero_grad()
-    return model, make_optimizers(model, config), fast
-
-
-def training_step(model, optimizers, data, config, step, lap=lambda part: None):
-    """One step of gradient descent on grad_accum micro-batches; returns this process's mean loss, a tensor.
-
-    Micro-batches are for a batch larger than memory holds: their gradients add up before the weights move. All random
-    numbers follow from (seed, step, micro-batch), so that resumed runs and several processes draw the same ones.
-    lap(part) is called after each part, for timing.
-    """
-    mine, total = range(RANK, config.grad_accum, WORLD), 0.0
-    starts = np.random.default_rng((config.seed, step)).integers(
-        len(data) - config.block_size, size=(config.grad_accum, config.batch_size))
-    for micro in mine:
-        torch.manual_seed(int(np.random.SeedSequence((config.seed, step, micro)).generate_state(1, np.uint64)[0]))
-        x, y = get_batch(data, config, starts[micro])
-        lap("batch")
-        if WORLD > 1:
-            model.require_backward_grad_sync = micro == mine[-1]  # processes share gradients once a step, at its end
+    total = 0.0
+    for seed, x, y in batches:
+        torch.manual_seed(seed)  # dropout draws from it: a step done again gives the same weights
         with autocast(config):
-            loss = model(x, y)[1] / len(mine)  # so that their sum is the mean
-        lap("forward")
-        loss.backward()  # adds to each weight's gradient, the direction in which the loss grows
-        lap("backward")
-        total += loss.detach()
-    nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)  # one odd batch must not throw it far
+            logits, loss = model(x, y)
+        loss = loss / len(batches)  # so that their sum is the mean
+        loss.backward()
+        total += loss.detach()  # the number alone, without what backward needs
+    # One odd batch must not throw the weights far: gradients that are too long are shortened.
+    nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
-        optimizer.step()       # the other way, by the learning rate
-        optimizer.zero_grad()  # since backward only adds
-    lap("update")
+        optimizer.step()
+        optimizer.zero_grad()  # backward adds to what is there, so the next step must find zeros
     return total
+
+
+# That is all that a GPT is, and how it learns. A first reading may stop here: what follows keeps a
+# run safe and makes it fast.
+
+# ================================ Part two: the craft ===========================================
+
+ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer")  # what the shapes of weights depend on
+FIXED = ARCHITECTURE + ("optimizer", "seed", "init_from")     # what a run cannot change midway
+OF_THE_MACHINE = ("out", "device", "dtype", "compile")        # what a checkpoint does not decide
+
+
+def check(config):
+    """A mistake is better found now than after an hour: ValueError names the setting."""
+    choices = {"optimizer": ("adamw", "muon"), "dtype": ("float32", "bfloat16")}
+    zero_is_fine = ("max_iters", "n_layer", "warmup_iters", "seed")
+    for field in fields(config):
+        name, kind, value = field.name, field.type, getattr(config, field.name)
+        lowest = 0 if kind is float or name in zero_is_fine else 1
+        highest = {"dropout": 0.99, "n_layer": 1000}.get(name, 2**31)
+        if type(value) is not kind and (type(value), kind) != (int, float):  # 0 is fine for 0.0
+            raise ValueError(f"{name} must be {kind.__name__}, not {value!r}")
+        if kind in (int, float) and not lowest <= value <= highest:
+            raise ValueError(f"{name} must be from {lowest} to {highest}, not {value}")
+        if name in choices and value not in choices[name]:
+            raise ValueError(f"{name} must be {' or '.join(choices[name])}, not {value!r}")
+    if config.n_embd % config.n_head:
+        raise ValueError(f"n_embd {config.n_embd} must be divisible by n_head {config.n_head}")
+    config.out = config.out or Path(config.data or "model").resolve().stem + ".pkl"
+
+
+def device_defaults(device):
+    """What a GPU wants other than the values in Config, which are for a CPU."""
+    if device != "cuda":
+        return {}
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return dict(batch_size=64, block_size=256, max_iters=1500, n_embd=384, n_head=8, n_layer=8,
+                dropout=0.2, learning_rate=1e-3, warmup_iters=200, eval_iters=20,
+                dtype="bfloat16" if has_bfloat16 else "float32",
+                compile=importlib.util.find_spec("triton") is not None)  # torch.compile needs it
+
+
+def choose_settings(flags):
+    """{name: value} of the flags given -> Config. A flag beats the checkpoint, and that beats the
+    device's defaults. A checkpoint to fine-tune decides the architecture only."""
+    files = Config(**{name: flags.get(name, "") for name in ("data", "out", "init_from")})
+    path, saved = find_checkpoint(files)
+    settings = device_defaults(flags.get("device", Config.device))
+    for name, value in saved.get("config", {}).items():
+        if name in ARCHITECTURE or (path == files.out and name not in OF_THE_MACHINE):
+            settings[name] = value
+    settings.update(flags, out=files.out)
+    return Config(**settings)
+
+
+# -------------------------------- checkpoints ---------------------------------------------------
+
+def save_checkpoint(path, checkpoint):
+    """Writes a dict of plain values and tensors. Killed at any instant, it leaves the old file or
+    the new one, whole. OSError if it cannot be written."""
+    # A save that was killed left a file named after its process, which /proc (Linux) lists no more.
+    for old in Path(path).absolute().parent.glob(f"{Path(path).name}.*.tmp"):
+        if Path("/proc/self").exists() and not Path("/proc", old.suffixes[-2][1:]).exists():
+            old.unlink(missing_ok=True)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk, before the old file goes
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
+        raise OSError(f"{path}: not saved, and as it was before: {error}")
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def restore(optimizers, states):
+    """Gives optimizers their running averages back, in the shapes of the weights. A damaged file
+    may hold smaller ones, and PyTorch's fused AdamW would write past their end: RuntimeError."""
+    for optimizer, state in zip(optimizers, states, strict=True):
+        settings = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": settings})
+        for p, averages in optimizer.state.items():
+            # The number of steps, and the averages of gradients and of their squares.
+            shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+            if isinstance(optimizer, torch.optim.Muon):
+                shapes = {"momentum_buffer": p.shape}
+            for name, shape in shapes.items():
+                averages[name] = averages[name].reshape(shape).contiguous()
+
+
+def load_checkpoint(path):
+    """Reads what save_checkpoint wrote, on the CPU. OSError without a file, ValueError for others.
+
+    A pickle is Python's way to write objects to a file, and reading one can run any code;
+    weights_only=True reads nothing but tensors and plain values, so a stranger's file is safe. The
+    weights are tried on a model on the meta device, where tensors have shapes and take no memory.
+    """
+    with open(path, "rb") as file:
+        try:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            with torch.device("meta"):
+                config = Config(**saved["config"])
+                model = GPT(config, CharTokenizer(saved["chars"]).vocab_size)
+            for weights in (saved["best"], saved["model"]):
+                model.load_state_dict(dict(weights), assign=True)  # the same names and shapes?
+            restore(make_optimizers(model, config), saved["optimizer"])
+            saved.update(step=int(saved["step"]), losses=dict(saved["losses"]),
+                         corpus=str(saved["corpus"]))
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".split("\n")[0][:150]
+            raise ValueError(f"{path}: not a checkpoint of gpt.py, or damaged: {reason}")
+    return saved
+
+
+def find_checkpoint(config):
+    """(path, checkpoint) that a run starts from: its own, else that of init_from, else ("", {})."""
+    path = config.out if os.path.exists(config.out) else config.init_from
+    saved = load_checkpoint(path) if path else {}
+    return path, saved
+
+
+def load_model(path, device="cpu"):
+    """A checkpoint -> (model with its best weights, in eval mode; tokenizer; config). Raises what
+    load_checkpoint does."""
+    saved = load_checkpoint(path)
+    tokenizer = CharTokenizer(saved["chars"])
+    config = replace(Config(**saved["config"]), device=find_device(device))
+    model = GPT(config, tokenizer.vocab_size)
+    model.load_state_dict(saved["best"])
+    return model.to(device).eval(), tokenizer, config
+
+
+# -------------------------------- devices and processes -----------------------------------------
+
+# torchrun, PyTorch's starter, runs WORLD processes that train together, each with its RANK. Without
+# it RANK is 0 and WORLD is 1. LOCAL_RANK counts the processes, and GPUs, of one machine.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(line):
+    """Prints from one process only, and above the progress bar."""
+    if RANK == 0:
+        tqdm.write(line)
+
+
+def printable(text):
+    """Text for a terminal: control characters, which could move its cursor, become UNK. Soft hyphen
+    (00ad), non-joiner (200c) and joiner (200d) stay, since words of some languages need them."""
+    allowed = set("\n\t\u00ad\u200c\u200d")
+    controls = {char for char in text if unicodedata.category(char)[0] == "C"} - allowed
+    return text.translate({ord(char): UNK for char in controls})
+
+
+def find_device(name):
+    """The device of that name, ready for use; ValueError if this machine has none.
+
+    A CPU has few fast cores, a GPU thousands of slow ones, which suits matrix products. CUDA is how
+    NVIDIA's are programmed. .to(device) moves tensors, and those that meet must be on the same one.
+    """
+    if name not in ("cpu", "cuda", "mps") or not getattr(torch, name).is_available():
+        raise ValueError(f"device must be cpu, cuda or mps, and in this machine, not {name!r}")
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # one for each process
+        torch.set_float32_matmul_precision("high")  # TF32: fewer digits, far faster
+    return name
+
+
+def build(config, vocab_size):
+    """(a new model on its device, its optimizers, the model in the form that trains fastest)."""
+    torch.manual_seed(config.seed)
+    model = GPT(config, vocab_size).to(find_device(config.device))
+    fast = torch.compile(model) if config.compile else model
+    return model, make_optimizers(model, config), fast
+
+
+def draw_batches(data, config, step):
+    """This process's part of a step, [(seed, x, y), ...]. All random numbers follow from seed and
+    step: a resumed run draws what it would have drawn, several processes what one would. Of two
+    processes, the first takes batches 0, 2, 4 and so on, and the second the others."""
+    draw = np.random.default_rng((config.seed, step))
+    last = len(data) - config.block_size
+    starts = draw.integers(last, size=(config.grad_accum, config.batch_size))
+    batches = []
+    for micro in range(RANK, config.grad_accum, WORLD):
+        mixed = np.random.SeedSequence((config.seed, step, micro))  # three numbers become one seed
+        seed = int(mixed.generate_state(1, np.uint64)[0])
+        x, y = get_batch(data, config, starts[micro])
+        batches.append((seed, x, y))
+    return batches
 
 
 @contextmanager
 def stop_requests():
-    """A list that fills when Ctrl-C or SIGTERM asks to stop. The same one asking twice is a KeyboardInterrupt."""
+    """A list that fills when Ctrl-C or SIGTERM asks to stop, so that the step under way can be
+    finished and saved. Asked a second time, or under torchrun, it stops at once."""
     asked = []
 
     def ask(number, frame):
+        if asked or WORLD > 1:
+            raise KeyboardInterrupt
         asked.append(number)
-        signal.signal(number, signal.default_int_handler)  # raises KeyboardInterrupt
 
-    with ExitStack() as undo:  # puts the old handlers back
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with suppress(ValueError):  # only a main thread gets signals
-                undo.callback(signal.signal, number, signal.signal(number, ask))
-        yield asked
-
-
-def command(config):
-    """The command line that makes this config."""
-    usual, words = Config(**device_defaults(config.device), data=config.data), ["python", "gpt.py"]
-    for name, value in asdict(config).items():
-        if value != getattr(usual, name) or value and name in ("data", "batch_size", "grad_accum"):
-            words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-    return shlex.join(words)
+    before_int = signal.signal(signal.SIGINT, ask)  # returns the handler that was there before
+    before_term = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield asked  # the body of the with statement runs here
+    finally:
+        signal.signal(signal.SIGINT, before_int)
+        signal.signal(signal.SIGTERM, before_term)
 
 
-def open_run(config):
-    """(run, splits, tokenizer). run is the dict that save_checkpoint writes: the one in config.out, or a new one, with
-    the weights of config.init_from if one is named. ValueError if checkpoint, corpus and config do not match."""
-    if not os.access(Path(config.out).resolve().parent, os.W_OK):  # better now than at the first save
-        raise ValueError(f"{config.out}: no folder to write to")
-    resuming = os.path.exists(config.out)
-    path = config.out if resuming else config.init_from
-    saved = load_checkpoint(path) if path else None
-    splits, tokenizer = load_data(config, CharTokenizer(saved["chars"]) if saved else None)
-    if saved and not resuming and tokenizer.chars != saved["chars"]:
-        raise ValueError(f"{config.data}: its vocabulary is not the model's")
-    sample = np.concatenate([ids[: 2**23] for ids in splits.values()])  # all of it may be 40 GB
-    if (largest := sample.max()) >= tokenizer.vocab_size:
-        raise ValueError(f"{config.data}: holds id {largest}, and its vocabulary ends at {tokenizer.vocab_size - 1}")
-    if RANK == 0:
-        unknown = np.mean(sample == tokenizer.unk)
-        print(f"corpus  {config.data or 'the Python documentation'}: {len(splits['train']):,} characters to train on, "
-              f"{len(splits['val']):,} to validate{f', {100 * unknown:.3g} % of them unknown' * bool(unknown)}, "
-              f"vocabulary {tokenizer.vocab_size:,}")
-    digest = hashlib.sha256(repr([tokenizer.chars, *map(len, splits.values())]).encode() + sample.tobytes())
-    run = {"config": asdict(config), "chars": tokenizer.chars, "corpus": digest.hexdigest()[:16], "step": 0,
-           "losses": {}, "best": {}, "model": {}, "optimizer": []}
-    if saved:
-        mine, theirs = ({**each["config"], "corpus": each["corpus"]} for each in (run, saved))
-        for name in ARCHITECTURE + (("optimizer", "seed", "init_from", "corpus") if resuming else ()):
-            if mine[name] != theirs[name]:
-                names = (f"{config.out.removesuffix('.pkl')}-{n}.pkl" for n in itertools.count(2))
-                free = next(each for each in names if not os.path.exists(each))
-                mend = f"for another model: {command(replace(config, out=free))}" if resuming else "leave that flag out"
-                raise ValueError(f"{path} was trained with {name} {theirs[name]}, not {mine[name]}; {mend}")
-        run = {**saved, "config": run["config"]} if resuming else {**run, "model": saved["best"]}
-    return run, splits, tokenizer
+# -------------------------------- a run ---------------------------------------------------------
+
+class Run:
+    """Training under way: the model, its optimizers and what else a checkpoint holds.
+
+    Each evaluation saves. A run that is killed loses the steps since then; the same command does
+    them again, and ends with the same weights as if it had never been stopped.
+    """
+
+    def __init__(self, config):
+        """Goes on from config.out if it exists, else begins. ValueError if checkpoint, corpus and
+        settings do not fit together: a trained model is never overwritten by another one."""
+        path, saved = find_checkpoint(config)
+        if WORLD > 1:  # all take what process 0 has, so that only its machine needs the checkpoint
+            box = [config, path, saved]
+            torch.distributed.broadcast_object_list(box, device=torch.device("cpu"))
+            config, path, saved = box
+        self.config = config
+        resuming = path == config.out
+        self.read_corpus(saved.get("chars", ""))
+        old = {**saved.get("config", {}), "corpus": saved.get("corpus")}
+        new = {**asdict(self.config), "corpus": self.corpus}
+        names = FIXED + ("corpus",) if resuming else ARCHITECTURE
+        for name in names:
+            if saved and old[name] != new[name]:
+                raise ValueError(f"{path} was trained with {name} {old[name]}, not {new[name]}: "
+                                 f"leave the flag out or name another --out ({config.data=})")
+        self.model, self.optimizers, self.fast = build(config, self.tokenizer.vocab_size)
+        self.step, self.losses, self.best = 0, {}, {}
+        if resuming:
+            self.step, self.losses, self.best = saved["step"], saved["losses"], saved["best"]
+            self.model.load_state_dict(saved["model"])
+            restore(self.optimizers, saved["optimizer"])
+        elif saved:  # fine-tuning starts from the best weights
+            self.model.load_state_dict(saved["best"])
+
+    def read_corpus(self, chars):
+        """Loads the corpus, says what it is like, and takes a fingerprint to know it again."""
+        self.splits, self.tokenizer = load_data(self.config, chars)
+        sizes = [len(ids) for ids in self.splits.values()]
+        # The first 8 million characters of each split will do, since all may be 40 GB.
+        ids = np.concatenate([ids[: 2**23] for ids in self.splits.values()])
+        known = repr((self.tokenizer.chars, sizes)).encode() + ids.tobytes()
+        self.corpus = hashlib.sha256(known).hexdigest()[:16]
+        say(f"corpus  {self.config.data or 'the Python documentation'}: {sizes[0]:,} characters to "
+            f"train on, {sizes[1]:,} to validate, vocabulary {self.tokenizer.vocab_size:,}, "
+            f"{np.mean(ids == self.tokenizer.unk):.2%} unknown")
+        if self.config.answers_prompts:
+            ends = np.flatnonzero(ids == self.tokenizer.end)
+            lengths = np.diff(ends, prepend=-1)  # from one END to the next
+            say(f"pairs   {np.mean(lengths > self.config.block_size):.1%} longer than block_size: "
+                "the end of such an answer is learned without its question")
+
+    def evaluate(self):
+        """Once for each step: measures the losses, keeps the best weights, saves, prints a line."""
+        if RANK == 0 and self.step not in self.losses:
+            loss = estimate_loss(self.model, self.splits, self.config)
+            self.losses[self.step] = loss
+            # The answers of held-out pairs are facts that the model was never told. Their loss
+            # rises while it learns, so of pairs the latest weights are kept.
+            lowest = min(row["val"] for row in self.losses.values())
+            if self.config.answers_prompts or loss["val"] == lowest:
+                self.best = copy.deepcopy(self.model.state_dict())
+            self.save()
+            text = " ".join(self.sample(60).split())
+            line = f"step {self.step:6,d}   train {loss['train']:.4f}   val {loss['val']:.4f}"
+            say(f"{line}   {text}")
+
+    def save(self):
+        """Writes the checkpoint; ValueError if training went wrong, so that the last one stays."""
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise ValueError(f"step {self.step}: weights are no numbers; lower --learning_rate")
+        save_checkpoint(self.config.out, dict(
+            config=asdict(self.config), chars=self.tokenizer.chars, corpus=self.corpus,
+            step=self.step, losses=self.losses, best=self.best, model=self.model.state_dict(),
+            optimizer=[optimizer.state_dict()["state"] for optimizer in self.optimizers]))
+
+    def sample(self, length):
+        """Some text that the model writes now. Its random numbers have no effect on training."""
+        torch.manual_seed(self.config.seed)
+        start = torch.tensor([[self.tokenizer.end]], device=self.config.device)
+        ids = self.model.eval().generate(start, length, temperature=0.8)[0, 1:]
+        self.model.train()
+        return printable(self.tokenizer.decode(ids.tolist()).replace(END, "\n"))
+
+    def report(self):
+        """Prints what came out and how to go on."""
+        curve = [row["val"] for row in self.losses.values()]
+        scale = 7 / (max(curve) - min(curve) or 1)
+        spark = "".join("▁▂▃▄▅▆▇█"[round(scale * (loss - min(curve)))] for loss in curve)
+        say(f"losses  last {curve[-1]:.4f}, best {min(curve):.4f}   {spark}")
+        if self.config.device == "cuda":
+            say(f"memory  {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU at most")
+        if self.step < self.config.max_iters:
+            return say(f"stopped at step {self.step:,}; the same command carries on")
+        say(self.sample(500))
+        say(f"\nsaved; talk to it: python chat.py --model {shlex.quote(self.config.out)}")
 
 
 def train(config):
-    """Trains, or carries on where config.out stopped; returns the model with its latest weights, in eval mode.
+    """Trains, or carries on where config.out stopped; returns the model with its latest weights, in
+    eval mode. ValueError or OSError where the user must change something.
 
-    A run is a function of config and corpus, stopped and resumed however often. Under torchrun every process
-    calls this; process 0 evaluates, prints and saves. ValueError or OSError where the user must change something.
+    WORLD > 1 is for several GPUs or machines, and can be skipped: torchrun starts processes that
+    all call this, DistributedDataParallel gives each the mean of their gradients, through nccl
+    between GPUs and gloo between CPUs, and process 0 evaluates and saves.
     """
     if config.grad_accum % WORLD:
-        raise ValueError(f"grad_accum {config.grad_accum} must be divisible by the {WORLD} processes that share it")
-    run, splits, tokenizer = open_run(config)
-    model, optimizers, fast = build(config, tokenizer.vocab_size, splits["train"])
-    if run["model"]:
-        model.load_state_dict(run["model"])
-    if run["optimizer"]:
-        restore(optimizers, run["optimizer"])
-    say = tqdm.write if RANK == 0 else lambda line: None  # print would break the bar
-    device = torch.cuda.get_device_name() if config.device == "cuda" else config.device
-    say(f"device  {device}, {config.dtype}{', compiled' * (fast is not model)}{f', {WORLD} processes' * (WORLD > 1)}")
-    say(f"model   {sum(p.numel() for p in model.parameters()):,} parameters, {config.out}, "
-        f"{'already ' * (run['step'] >= config.max_iters)}at step {run['step']:,} of {config.max_iters:,}")
+        raise ValueError(f"grad_accum {config.grad_accum} must be divisible by {WORLD} processes")
     if WORLD > 1:
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo")
-        latest = torch.tensor(run["step"])
-        torch.distributed.all_reduce(latest, torch.distributed.ReduceOp.MAX)
-        if latest > run["step"]:  # on several machines
-            raise ValueError(f"{config.out}: is at step {latest} for another process; all must read the same file")
-        fast = nn.parallel.DistributedDataParallel(fast)  # gradients become their mean over all
-    # One turn more than steps: the last only evaluates and saves.
-    bar = tqdm(range(run["step"], config.max_iters + 1), total=config.max_iters, initial=run["step"], unit="char",
-               unit_scale=config.batch_size * config.grad_accum * config.block_size, disable=RANK > 0 or None)
-    with stop_requests() as asked, bar:
-        for step in bar:
-            stop = torch.tensor(len(asked) + (step == config.max_iters))
-            if WORLD > 1:  # all leave the loop at the same step
-                vote = torch.distributed.all_reduce(stop, async_op=True)  # in a variable, or it may hang
-                vote.wait()
-            due = (step % config.eval_interval == 0 or step == config.max_iters) and step not in run["losses"]
-            if (due or stop and step > run["step"]) and RANK == 0:
-                if not all(p.isfinite().all() for p in model.parameters()):
-                    raise ValueError(f"the weights are no numbers any more at step {step}: lower --learning_rate")
-                if due:
-                    run["losses"][step] = losses = estimate_loss(model, splits, config)
-                    say(f"step {step:6,d}   train {losses['train']:.4f}   val {losses['val']:.4f}")
-                run |= {"step": step, "model": model.state_dict(),
-                        "optimizer": [optimizer.state_dict()["state"] for optimizer in optimizers]}
-                # For pairs the latest weights are best: a held-out pair asks for a fact never told, so its loss rises
-                # while the model learns.
-                if config.answers_prompts or due and losses["val"] <= min(row["val"] for row in run["losses"].values()):
-                    run["best"] = {name: tensor.to("cpu", copy=True) for name, tensor in run["model"].items()}
-                save_checkpoint(config.out, run)
-            if stop:
-                break
-            loss = training_step(fast, optimizers, splits["train"], config, step)
-            if step % 10 == 0 and not bar.disable:
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        gpu = config.device == "cuda"
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+    run = Run(config)
+    config, model = run.config, run.fast
+    if WORLD > 1:
+        model = nn.parallel.DistributedDataParallel(model)
+    size = sum(p.numel() for p in model.parameters())
+    say(f"model   {size:,} parameters on {config.device} in {config.dtype}, {config.out}, "
+        f"at step {run.step:,} of {config.max_iters:,}")
+    bar = tqdm(total=config.max_iters, initial=run.step, disable=RANK > 0 or None, unit="char",
+               unit_scale=config.batch_size * config.grad_accum * config.block_size)
+    with bar, stop_requests() as asked:
+        while run.step < config.max_iters and not asked:
+            if run.step % config.eval_interval == 0:
+                run.evaluate()
+            batches = draw_batches(run.splits["train"], config, run.step)
+            loss = training_step(model, run.optimizers, batches, config, run.step)
+            run.step += 1
+            bar.update()
+            if run.step % 10 == 0 and not bar.disable:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+        if asked:
+            run.save()
+        else:
+            run.evaluate()  # which saves as well
     if RANK == 0:
-        report(run, model, tokenizer, config)
+        run.report()
     if WORLD > 1:
         torch.distributed.destroy_process_group()
-    return model.eval()
-
-
-def printable(text):
-    """Text as a terminal may see it: control characters, which could move the cursor or worse, become UNK, except those
-    that words of many languages need (soft hyphen, joiner, non-joiner)."""
-    return "".join(c if c in "\n\t\u00ad\u200c\u200d" or unicodedata.category(c)[0] != "C" else UNK for c in text)
-
-
-def report(run, model, tokenizer, config):
-    """What a run came to: losses, their curve, memory, a sample, and how to go on."""
-    curve = [losses["val"] for losses in run["losses"].values()]
-    low, high = min(curve), max(curve)
-    spark = "".join("▁▂▃▄▅▆▇█"[round(7 * (loss - low) / (high - low or 1))] for loss in curve)
-    step, losses = list(run["losses"].items())[-1]
-    print(f"losses  train {losses['train']:.4f}, val {losses['val']:.4f} at step {step:,}; best {low:.4f}   {spark}")
-    if config.device == "cuda":
-        print(f"memory  {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU at the most")
-    if run["step"] < config.max_iters:
-        print(f"stopped at step {run['step']:,} of {config.max_iters:,}; the same command carries on")
-    else:
-        index = torch.tensor([[tokenizer.end]], device=config.device)
-        print(printable(tokenizer.decode(model.eval().generate(index, 500, 0.8)[0, 1:].tolist())))
-        print(f"\nsaved   {config.out}; talk to it: python chat.py --model {shlex.quote(config.out)}")
+    return run.model.eval()
 
 
 def tune(config):
-    """Times micro-batch sizes, dtypes and compilation at an unchanged total batch; prints a table and the best command.
-
-    Efficiency testing: time the parts, then change what takes longest.
-    """
-    if WORLD > 1:
-        raise ValueError("--tune is for one process")
+    """Times training with different settings at an unchanged total batch (lessons: auto-tuning and
+    efficiency testing, for only what is measured can be made faster)."""
     splits, tokenizer = load_data(config)
-    total, steps, rates = config.batch_size * config.grad_accum, 5, {}
-    accums = [n for n in (1, 2, 4) if total % n == 0]
-    print("batch_size grad_accum     dtype compile     chars/s   ms:   batch  forward backward   update")
-    for accum, dtype, compiled in itertools.product(accums, ("float32", "bfloat16"), (False, True)):
-        trial = replace(config, batch_size=total // accum, grad_accum=accum, dtype=dtype, compile=compiled)
-        marks, spent = [], {}
-
-        def lap(part):
-            getattr(torch, trial.device).synchronize()  # a GPU works on while Python goes ahead
-            marks.append((part, time.perf_counter()))
-
+    total = config.batch_size * config.grad_accum
+    rates = {}
+    dtypes = ("float32", "bfloat16")
+    for accum, dtype, compiled in itertools.product((1, 2, 4), dtypes, (False, True)):
+        size = max(1, total // accum)
+        trial = replace(config, batch_size=size, grad_accum=accum, dtype=dtype, compile=compiled)
+        flags = f"--batch_size {size} --grad_accum {accum} --dtype {dtype} "
+        flags += "--compile" if compiled else "--no-compile"
         try:
-            torch.compiler.reset()
-            model, optimizers, fast = build(trial, tokenizer.vocab_size, splits["train"])
-            if compiled and fast is model:
-                continue
-            for step in range(3 + steps):
-                training_step(fast, optimizers, splits["train"], trial, step, lap)
-                marks = marks[-1:] if step < 3 else marks  # the first three warm up
-            for (_, before), (part, now) in itertools.pairwise(marks):
-                spent[part] = spent.get(part, 0) + now - before
-            rate = steps * total * config.block_size / sum(spent.values())
-            rates[rate] = trial
-            result = f"{rate:11,.0f}      " + "".join(f"{1000 * seconds / steps:9.1f}" for seconds in spent.values())
-        except (RuntimeError, MemoryError) as error:  # too little memory, most likely
-            result = str(error).split("\n")[0][:80]
-        print(f"{trial.batch_size:10} {accum:10} {dtype:>9} {str(compiled):>7} {result}")
-    if rates:
-        print(f"\nfastest: {command(rates[max(rates)])}")
+            model, optimizers, fast = build(trial, tokenizer.vocab_size)
+            for step in range(6):
+                if step == 2:  # the first two warm up, four are timed
+                    start = time.perf_counter()
+                batches = draw_batches(splits["train"], trial, step)
+                # item waits until a GPU is done; a GPU still works when a call returns.
+                training_step(fast, optimizers, batches, trial, step).item()
+            rates[flags] = 4 * total * config.block_size / (time.perf_counter() - start)
+            print(f"{rates[flags]:12,.0f} characters a second   {flags}")
+        except (RuntimeError, MemoryError) as error:
+            print(f"      failed: {str(error).splitlines()[0]:.60}   {flags}")
+    print(f"fastest: python gpt.py {max(rates, key=rates.get)}")
 
 
-# ------------------------------------------------------------------------------------------------------- command line
+# -------------------------------- the command line ----------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """Command-line flags of which a mistake is one line on stderr, without usage text, and exit status 2."""
+    """A mistake is one line on stderr and exit status 2."""
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {printable(' '.join(str(message).split()))}\n")
 
 
 def main(argv=None):
-    """The command line: trains, or with --tune looks for the fastest settings."""
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    """Each field of Config is a flag; --help shows them as they stand above."""
+    settings = inspect.getsource(Config).partition("\n\n")[0]  # the text of the class, above
+    parser = Parser(description=settings, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    argument_default=argparse.SUPPRESS, allow_abbrev=False)  # absent if not given
     for field in fields(Config):
-        kind = dict(action=argparse.BooleanOptionalAction) if field.type is bool else dict(type=field.type)
-        parser.add_argument(f"--{field.name}", help=f"{comments[field.name]} ({field.default})", **kind)
-    parser.add_argument("--tune", action="store_true", default=False, help="find the fastest settings for this machine")
+        if field.type is bool:
+            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction)
+        else:
+            parser.add_argument(f"--{field.name}", type=field.type)
+    parser.add_argument("--tune", action="store_true", help="find the fastest settings instead")
     flags = vars(parser.parse_args(argv))
-    tuning = flags.pop("tune")
+    work = tune if flags.pop("tune", False) else train
     try:
-        out = Config(**{name: flags[name] for name in ("data", "out") if name in flags}).out
-        path = out if os.path.exists(out) else flags.get("init_from")
-        saved = load_checkpoint(path)["config"] if path else {}
-        kept = saved.keys() - {"device", "dtype", "compile", "out"} if path == out else ARCHITECTURE
-        # Flags beat what is kept of the checkpoint, and that beats the device's defaults.
-        config = Config(**device_defaults(flags.get("device", Config.device))
-                        | {name: value for name, value in saved.items() if name in kept} | flags | {"out": out})
-        tune(config) if tuning else train(config)
-    except (RuntimeError, MemoryError) as error:
-        if not re.search("out of memory|enough memory|allocate memory|ALLOC_FAILED|MemoryError", repr(error)):
-            raise
-        parser.error(f"out of memory on {config.device}: try --batch_size {max(1, config.batch_size // 2)} "
-                     f"--grad_accum {2 * config.grad_accum}, then a smaller block_size, n_embd or n_layer")
-    except IndexError as error:
-        if "out of range in self" not in str(error):  # what an embedding says; open_run looks at a corpus's beginning
-            raise
-        parser.error(f"{config.data}: holds ids beyond its vocabulary")
+        config = choose_settings(flags)
+        work(config)
     except (ValueError, OSError) as error:
         parser.error(error)
     except KeyboardInterrupt:
         sys.exit(130)
+    except (RuntimeError, MemoryError) as error:
+        name = f"{type(error).__module__} {type(error).__name__}: {error}"
+        if name.startswith(("torch._dynamo", "torch._inductor")):  # parts of torch.compile
+            parser.error(f"torch.compile failed, so try --no-compile: {str(error).splitlines()[0]}")
+        if not any(words in name for words in ("out of memory", "allocate memory", "MemoryError")):
+            raise
+        half, double = max(1, config.batch_size // 2), 2 * config.grad_accum
+        parser.error(f"out of memory: try --batch_size {half} --grad_accum {double}, and then a "
+                     "smaller block_size, n_embd or n_layer")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Every claim of the README, as a short test: python -m pytest -q"""
-import io, json, lzma, math, os, pickle, pty, random, re, resource, select, signal, subprocess, sys, tarfile, time
-import tracemalloc
+"""Every claim of the README, as a short test: python -m pytest -q
+
+A test is a claim, its name, and the proof. The models are tiny, so that each takes a second or two.
+"""
+import copy, io, json, lzma, math, os, pickle, pty, random, re, resource, select, shlex, signal
+import subprocess, sys, tarfile, time, tracemalloc
 from contextlib import redirect_stderr
-from functools import partial, reduce
-from operator import getitem
 from pathlib import Path
 from unittest.mock import Mock
 
+os.environ["OMP_NUM_THREADS"] = "1"  # for models so tiny, more threads cost more than they give
 import numpy as np
 import pytest
 import torch
@@ -16,685 +18,1291 @@ import chat, gpt, prepare_owt
 from gpt import END, UNK, CharTokenizer, Config
 
 HERE = Path(__file__).parent
-GPT, CHAT, PREPARE = ([sys.executable, str(HERE / name)] for name in ("gpt.py", "chat.py", "prepare_owt.py"))
-TEXT = "".join(random.Random(0).choices(["the ", "cat ", "sat ", "on ", "a ", "mat.\n", "dog ", "ran "], k=1000))
-TINY = dict(data="book.txt", batch_size=4, block_size=8, n_embd=16, n_head=2, n_layer=2, dropout=0.0, max_iters=6,
-            warmup_iters=2, eval_interval=3, eval_iters=2, device="cpu")
-start = partial(subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-run = partial(subprocess.run, capture_output=True, text=True, timeout=120)
-assert_same = partial(torch.testing.assert_close, rtol=0, atol=0)  # to the last bit, through dicts and lists
+WORDS = ["the ", "cat ", "sat ", "on ", "a ", "mat.\n", "dog ", "ran "]
+TEXT = "".join(random.Random(0).choices(WORDS, k=1000))
+TINY = dict(data="book.txt", batch_size=4, block_size=8, n_embd=16, n_head=2, n_layer=2, dropout=0.0,
+            max_iters=6, warmup_iters=2, eval_interval=3, eval_iters=2, device="cpu")
+PAIRS = {"the cat": "sat", "a dog": "ran", "on a mat": "the dog", "é": "cat"}  # no "é" in TEXT
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
+def a_folder_of_its_own(tmp_path, monkeypatch):
+    """Each test runs in an empty folder with a book, and with Ctrl-C as in a terminal."""
     monkeypatch.chdir(tmp_path)
     Path("book.txt").write_text(TEXT, encoding="utf-8")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def tiny(**changes):
+    """A Config with tiny sizes."""
     return Config(**{**TINY, **changes})
 
 
-def flags(**changes):  # the same settings as command-line words
-    return [w for k, v in {**TINY, **changes}.items() for w in (f"--{k}", str(v))]
+def flags(**changes):
+    """The same settings as words of a command line."""
+    words = []
+    for name, value in {**TINY, **changes}.items():
+        words += [f"--{name}", str(value)]
+    return words
 
 
-def model_of(vocab_size=11, **changes):
+def tiny_model(vocab_size=11, **changes):
+    """An untrained model with the same weights every time."""
     torch.manual_seed(0)
     return gpt.GPT(tiny(**changes), vocab_size).eval()
 
 
-def trained(**changes):
-    gpt.train(config := tiny(**changes))
+def train_tiny(**changes):
+    """Trains and returns the checkpoint."""
+    config = tiny(**changes)
+    gpt.train(config)
     return gpt.load_checkpoint(config.out)
 
 
-def contents(folder="."):  # {path: bytes, or None for a folder}
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in Path(folder).rglob("*")}
+def start(script, words):
+    """A script of ours as a process."""
+    return subprocess.Popen([sys.executable, HERE / script, *words], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def random_text(rng, longest):  # from all of Unicode, a third of it ASCII
-    return "".join(chr(rng.choice([rng.randrange(128), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))
-                   for _ in range(rng.randrange(1, longest)))
+def run(script, words, **options):
+    """The same, to its end."""
+    return subprocess.run([sys.executable, HERE / script, *words], capture_output=True, text=True,
+                          timeout=120, **options)
 
 
-def refused(main, words, *named):
-    """main(words) fails with one line on stderr, which names all that it must, and leaves every file as it was."""
-    before = contents()
-    with redirect_stderr(io.StringIO()) as stderr, pytest.raises(SystemExit) as stop:
+def files_in(folder="."):
+    """{path: content} of all files below a folder."""
+    return {str(path): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def assert_refused(main, words, *named):
+    """main(words) ends with status 2 and one line that names all it must; no file has changed."""
+    before = files_in()
+    stderr = io.StringIO()
+    with redirect_stderr(stderr), pytest.raises(SystemExit) as stop:
         main(words)
-    error, status = stderr.getvalue(), stop.value.code
-    assert status == 2 and error.count("\n") == 1 and "Traceback" not in error, (words, status, error)
-    assert all(name in error for name in named) and contents() == before, (words, named, error)
+    message = stderr.getvalue()
+    assert stop.value.code == 2
+    assert message.count("\n") == 1 and "Traceback" not in message
+    for name in named:
+        assert name in message
+    assert files_in() == before
+
+
+def assert_same(a, b):
+    """Equal to the last bit, through dicts and lists."""
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def random_text(seed, longest):
+    """Characters from all of Unicode, a third of them ASCII."""
+    rng = random.Random(seed)
+    ranges = [(0, 128), (128, 0xD800), (0xE000, 0x110000)]
+    length = rng.randrange(1, longest)
+    return "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(length))
 
 
 def pair(prompt, completion):
+    """A line of a .jsonl."""
     return json.dumps({"prompt": prompt, "completion": completion}) + "\n"
 
 
-def test_encode_and_decode_are_inverse_over_all_of_unicode():
-    rng = random.Random(1)
-    for text in ["", TEXT * 300, *(random_text(rng, 300) for _ in range(20))]:
-        tokenizer = CharTokenizer.from_text(text)
-        assert tokenizer.chars == "".join(sorted({*text, END, UNK})) and tokenizer.vocab_size == len(tokenizer.chars)
-        assert tokenizer.chars[tokenizer.end] + tokenizer.chars[tokenizer.unk] == END + UNK
-        ids = tokenizer.encode(text)
-        assert ids.dtype == np.uint16 and tokenizer.decode(ids) == text == "".join(tokenizer.chars[i] for i in ids)
-    tokenizer = CharTokenizer("ab")  # what it does not know becomes UNK
-    assert tokenizer.decode(tokenizer.encode("a☃b\ud800\U0010ffff")) == f"a{UNK}b{UNK}{UNK}"
+# ------------------------------------------------------------------------------ tokenizer and data
+
+@pytest.mark.parametrize("seed", range(20))
+def test_encode_and_decode_are_inverse_over_all_of_unicode(seed):
+    text = random_text(seed, 300)
+    tokenizer = CharTokenizer(text)
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.uint16
+    assert tokenizer.decode(ids) == text
+    assert "".join(tokenizer.chars[i] for i in ids) == text
 
 
-def test_texts_and_pairs_are_cleaned_and_split():
-    def split(data, block_size):
-        splits, tokenizer = gpt.load_data(tiny(data=data, block_size=block_size))
-        return tokenizer.decode(splits["train"]), tokenizer.decode(splits["val"])
-    Path("odd.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\xff\x03" + b"x" * 91)
-    assert split("odd.txt", 4) == (f"one\ntwo{UNK}{UNK}" + "x" * 81, "x" * 10 + END)  # 90 % of 100 characters
+def test_the_vocabulary_is_the_sorted_set_of_characters_with_end_and_unk():
+    tokenizer = CharTokenizer("banana")
+    assert tokenizer.chars == END + "abn" + UNK
+    assert tokenizer.vocab_size == 5
+    assert (tokenizer.end, tokenizer.unk) == (0, 4)
+    assert tokenizer.encode("").shape == (0,)
+
+
+def test_unknown_characters_become_unk_and_never_fail():
+    tokenizer = CharTokenizer("ab")
+    ids = tokenizer.encode("a☃b\ud800\U0010ffff")
+    assert tokenizer.decode(ids) == f"a{UNK}b{UNK}{UNK}"
+
+
+def split_texts(data, block_size):
+    """The train and the val split of some data, decoded."""
+    splits, tokenizer = gpt.load_data(tiny(data=data, block_size=block_size))
+    return tokenizer.decode(splits["train"]), tokenizer.decode(splits["val"])
+
+
+def test_a_text_is_cleaned_and_its_last_tenth_is_for_validation():
+    Path("odd.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\xff\x03" + b"x" * 91)  # 100 with END
+    train, val = split_texts("odd.txt", block_size=4)
+    assert train == f"one\ntwo{UNK}{UNK}" + "x" * 81
+    assert val == "x" * 10 + END
+
+
+def test_pairs_become_documents_and_are_split_between_them():
     Path("pairs.jsonl").write_text((pair("a", "b") + pair("c\x03", "d\r\ne")) * 5)
-    assert split("pairs.jsonl", 3) == (f"a\nb{END}c{UNK}\nd\ne{END}" * 4 + f"a\nb{END}", f"c{UNK}\nd\ne{END}")
-    assert split("pairs.jsonl", 50)[1] == f"c{UNK}\nd\ne{END}" * 8  # repeated until a block fits
+    train, val = split_texts("pairs.jsonl", block_size=3)
+    assert train == f"a\nb{END}c{UNK}\nd\ne{END}" * 4 + f"a\nb{END}"
+    assert val == f"c{UNK}\nd\ne{END}"
+
+
+def test_a_few_pairs_are_repeated_until_a_block_fits():
+    Path("pairs.jsonl").write_text(pair("a", "b") * 5)
+    train, val = split_texts("pairs.jsonl", block_size=50)
+    assert val == f"a\nb{END}" * 13  # 52 characters
+    assert train == f"a\nb{END}" * 16
+
+
+def test_the_share_of_pairs_longer_than_a_block_is_printed(capsys):
+    Path("pairs.jsonl").write_text(pair("a", "b") * 6 + pair("a" * 20, "b") * 4)
+    gpt.train(tiny(data="pairs.jsonl"))
+    assert "40.0% longer than block_size" in capsys.readouterr().out
 
 
 def test_default_corpus_needs_no_download():
     splits, tokenizer = gpt.load_data(Config())
     text = tokenizer.decode(splits["train"])
-    assert len(text) > 200_000 and "statement" in text and END in text
+    assert len(text) > 200_000
+    assert "statement" in text and END in text
 
 
-def test_batches_are_shifted_by_one_and_stay_in_their_split():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        config = tiny(block_size=int(rng.integers(1, 20)), batch_size=int(rng.integers(1, 9)))
-        data = np.arange(config.block_size + 1 + rng.integers(30), dtype=np.uint16)
+@pytest.mark.parametrize("block_size, batch_size, spare", [(1, 1, 1), (7, 3, 1), (19, 8, 30)])
+def test_batches_are_shifted_by_one_and_stay_in_their_split(block_size, batch_size, spare):
+    config = tiny(block_size=block_size, batch_size=batch_size)
+    data = np.arange(block_size + spare, dtype=np.uint16)
+    for _ in range(20):
         x, y = gpt.get_batch(data, config)
-        assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (config.batch_size, config.block_size)
-        assert torch.equal(y, x + 1) and x.min() >= 0 and y.max() < len(data)
-    starts = {gpt.get_batch(np.arange(4), tiny(block_size=2))[0][0, 0].item() for _ in range(50)}
-    assert starts == {0, 1}  # the first and the last possible block are both drawn
+        assert x.dtype == y.dtype == torch.int64
+        assert x.shape == y.shape == (batch_size, block_size)
+        assert torch.equal(y, x + 1)
+        assert x.min() >= 0 and y.max() < len(data)
+
+
+def test_the_first_and_the_last_possible_block_are_both_drawn():
+    firsts = set()
+    for _ in range(50):
+        x, y = gpt.get_batch(np.arange(4), tiny(block_size=2))
+        firsts.add(x[0, 0].item())
+    assert firsts == {0, 1}
+
+
+def own_memory():
+    """KiB of memory that belong to this process alone (a mapped file's pages do not)."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+)", status)[1])
 
 
 def test_memory_follows_neither_the_size_of_the_file_nor_the_number_of_batches():
-    config, anonymous = tiny(batch_size=64, block_size=256), []
-    tracemalloc.start()  # sees what numpy takes and gives back
-    for data in (np.zeros(1000, np.uint16), np.memmap("big.bin", np.uint16, "w+", shape=10**9)):  # a sparse file
-        for _ in range(200):
-            gpt.get_batch(data, config)
-        anonymous.append(int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]))
-    assert anonymous[1] - anonymous[0] < 20 * 1024 and tracemalloc.get_traced_memory()[1] < 20 * 2**20  # KiB, bytes
+    config = tiny(batch_size=64, block_size=256)
+    large = np.memmap("large.bin", np.uint16, "w+", shape=10**9)  # a sparse file of 2 GB
+    gpt.get_batch(large, config)
+    before = own_memory()
+    tracemalloc.start()
+    for _ in range(200):
+        gpt.get_batch(large, config)
+    _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
+    assert own_memory() - before < 20 * 1024
+    assert peak < 20 * 2**20
 
 
-def test_head_is_what_its_docstring_says():
-    lines = re.findall(r"^ {8}(.*)$", gpt.Head.__doc__, re.MULTILINE)
+# ------------------------------------------------------------------------------------------- model
+
+def test_the_fast_attention_is_the_one_written_out():
     q, k, v = torch.randn(3, 2, 4, 10, 8).unbind()
-    names = dict(q=q, k=k, v=v, torch=torch, T=10, D=8)
-    exec("\n".join(lines), names)
-    assert len(lines) >= 5 and torch.allclose(names["out"], gpt.Head()(q, k, v), atol=1e-6)
-    block, x = model_of().blocks[0], torch.randn(2, 8, 16)  # and so is the block around it: it adds, then norms
+    head = gpt.Head()
+    assert torch.allclose(head.written_out(q, k, v), head(q, k, v), atol=1e-6)
+
+
+def test_a_block_adds_and_then_norms():
+    block, x = tiny_model().blocks[0], torch.randn(2, 8, 16)
     middle = block.norm1(x + block.attention(x))
     assert torch.allclose(block(x), block.norm2(middle + block.feedforward(middle)), atol=1e-6)
-    assert [type(m).__name__ for m in block.feedforward] == ["Linear", "ReLU", "Linear", "Dropout"]
 
 
-def test_the_future_never_changes_the_past():
-    model, index = model_of(), torch.randint(11, (2, 8))
-    for t in range(1, 8):
-        changed = torch.cat([index[:, :t], torch.randint(11, (2, 8 - t))], dim=1)
-        assert torch.allclose(model(index)[0][:, :t], model(changed)[0][:, :t], atol=1e-6)
-    changed = torch.cat([(index[:, :1] + 1) % 11, index[:, 1:]], dim=1)
-    for n_layer in (0, 2):  # the past does change the future, but without attention it does not
-        a, b = (model_of(n_layer=n_layer)(text)[0][:, -1] for text in (index, changed))
-        assert torch.allclose(a, b) == (n_layer == 0)
+def test_feedforward_is_linear_relu_linear_and_dropout():
+    layers = [type(layer).__name__ for layer in tiny_model().blocks[0].feedforward]
+    assert layers == ["Linear", "ReLU", "Linear", "Dropout"]
 
 
-def test_initial_weights_and_loss():
-    model = model_of(81, n_embd=128, n_layer=4, block_size=128)
-    for name, p in model.named_parameters():
-        if p.ndim == 2:
-            assert abs(p.mean()) < 2e-3 and p.std().item() == pytest.approx(0.02, rel=0.05), name
-        assert p.ndim == 2 or "norm" in name or not p.any(), name
-    x, y = torch.randint(81, (2, 8, 128))
-    cross_entropy = -model(x)[0].log_softmax(-1).gather(-1, y[..., None]).mean().item()
-    assert cross_entropy == pytest.approx(math.log(81), abs=0.05) and model(x)[1] is None
-    for dtype, error in (("bfloat16", 0.02), ("float32", 1e-5)):
-        with gpt.autocast(tiny(dtype=dtype)):
-            logits, loss = model(x, y)
-        assert logits.shape == (8, 128, 81) and logits.dtype == getattr(torch, dtype)
-        assert loss.item() == pytest.approx(cross_entropy, abs=error) and loss.dtype == torch.float32
-    loss.backward()
-    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+@pytest.mark.parametrize("t", range(1, 8))
+def test_the_future_never_changes_the_past(t):
+    model, index = tiny_model(), torch.randint(11, (2, 8))
+    changed = index.clone()
+    changed[:, t:] = (changed[:, t:] + 1) % 11
+    assert torch.allclose(model(index)[0][:, :t], model(changed)[0][:, :t], atol=1e-6)
+
+
+@pytest.mark.parametrize("n_layer, the_past_counts", [(2, True), (0, False)])
+def test_the_past_changes_the_future_unless_there_is_no_attention(n_layer, the_past_counts):
+    model, index = tiny_model(n_layer=n_layer), torch.randint(11, (2, 8))
+    changed = index.clone()
+    changed[:, 0] = (changed[:, 0] + 1) % 11
+    same = torch.allclose(model(index)[0][:, -1], model(changed)[0][:, -1])
+    assert same != the_past_counts
+
+
+def test_weights_start_as_a_narrow_normal_distribution_and_biases_at_0():
+    model = tiny_model(81, n_embd=128, n_layer=4, block_size=128)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2:
+            assert abs(parameter.mean()) < 2e-3
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.05)
+        elif name.endswith("bias"):
+            assert not parameter.any()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_the_loss_is_the_cross_entropy_and_starts_at_that_of_an_even_guess(dtype, tolerance):
+    model = tiny_model(81, n_embd=64, block_size=64)
+    x, y = torch.randint(81, (2, 8, 64))
+    logits, no_loss = model(x)
+    shares = logits.log_softmax(dim=-1)
+    expected = -shares.gather(-1, y[..., None]).mean().item()
+    with gpt.autocast(tiny(dtype=dtype)):
+        logits, loss = model(x, y)
+    assert no_loss is None
+    assert logits.shape == (8, 64, 81) and logits.dtype == getattr(torch, dtype)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected, abs=tolerance)
+    assert loss.item() == pytest.approx(math.log(81), abs=0.05)
+
+
+def test_every_parameter_gets_a_gradient():
+    model = tiny_model()
+    x, y = torch.randint(11, (2, 4, 8))
+    model(x, y)[1].backward()
+    for parameter in model.parameters():
+        assert parameter.grad is not None and parameter.grad.any()
+
+
+def test_a_text_longer_than_a_block_is_refused_with_both_sizes():
+    with pytest.raises(ValueError, match="9 characters .* block_size is 8"):
+        tiny_model()(torch.zeros(1, 9, dtype=torch.int64))
 
 
 class OneDevice(TorchDispatchMode):
-    """Fails if an operation makes a tensor anywhere but on the meta device, which alone forgives a stray CPU tensor."""
+    """Fails if an operation makes a tensor elsewhere than on the meta device."""
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (list, tuple)) else [result]:
-            assert not isinstance(tensor, torch.Tensor) or tensor.is_meta, function
+        tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(result)
+                   if isinstance(leaf, torch.Tensor)]
+        assert all(tensor.is_meta for tensor in tensors), function
         return result
 
 
 def test_everything_is_computed_on_the_device_of_the_model():
     with torch.device("meta"):
-        model, (x, y) = model_of(dropout=0.1).train(), torch.zeros(2, 4, 8, dtype=torch.int64)
+        model = tiny_model(dropout=0.1).train()
+        x, y = torch.zeros(2, 4, 8, dtype=torch.int64)
     with OneDevice():
         model(x, y)[1].backward()
-        model(x[:, :1], cache=gpt.Cache(model.config, 4, model.tokens.weight))
+        model(x[:, :1], cache=gpt.Cache())
     with pytest.raises(AssertionError), OneDevice():  # the check itself can fail
         model.tokens(x) + torch.zeros(1)
 
 
-def test_cached_logits_equal_uncached_inside_the_window_and_after_each_slide():
-    rng = random.Random(5)
-    for _ in range(25):
-        T, heads, vocab_size, seen = rng.randint(1, 12), rng.choice([1, 2, 4]), rng.randint(2, 30), []
-        model = model_of(vocab_size, block_size=T, n_head=heads, n_embd=8 * heads, n_layer=rng.randint(0, 3))
-        index = torch.randint(vocab_size, (rng.randint(1, 3), rng.randint(1, 30)))
-        options = rng.randint(0, 40), rng.choice([0, 0.5, 1.0, 5.0]), rng.choice([None, 1, 5, 100])
-        torch.manual_seed(1)
-        parts = list(model.stream(index, *options))
-        hook = model.register_forward_hook(lambda model, words, output: seen.append(output[0][:, -1]))
-        torch.manual_seed(1)
-        text = model.generate(index, *options)
-        hook.remove()
-        assert torch.equal(text, torch.cat([index, *parts], dim=1)) and len(parts) == len(seen) == options[0]
-        assert text.dtype == torch.int64 and 0 <= text.min() and text.max() < vocab_size
-        start = max(0, index.shape[1] - T)  # where the window begins: when it is full it slides to its last half
-        for end, logits in enumerate(seen, index.shape[1]):
-            start = start if end - start <= T else end - max(1, T // 2)
-            assert torch.allclose(logits, model(text[:, start:end])[0][:, -1], atol=1e-5)
+# -------------------------------------------------------------------------------------- generation
+
+def stream_with_logits(model, index, *options):
+    """(the text, the logits of the last position at each step) of a generation."""
+    seen = []
+    hook = model.register_forward_hook(lambda module, inputs, output: seen.append(output[0][:, -1]))
+    torch.manual_seed(1)
+    text = model.generate(index, *options)
+    hook.remove()
+    return text, seen
 
 
-def test_greedy_and_top_k():
-    model, index = model_of(), torch.randint(11, (3, 20))  # longer than block_size
-    greedy = model.generate(index, 10, top_k=1)
-    assert all(torch.equal(greedy, model.generate(index, 10, temperature)) for temperature in (0, 1e-5))
-    logits = model(index[:, -8:])[0][:, -1]
-    assert torch.equal(greedy[:, 20], logits.argmax(-1))
-    drawn = {model.generate(index[:1], 1, 5.0, 3)[0, -1].item() for _ in range(100)}
-    assert drawn == set(logits[0].topk(3).indices.tolist())
-    for bad in (dict(temperature=-1), dict(top_k=0), dict(temperature=math.nan), dict(index=index[:, :0])):
-        with pytest.raises(ValueError):
-            model.generate(**{"index": index, "max_new_tokens": 1, **bad})
+@pytest.mark.parametrize("seed", range(25))
+def test_cached_logits_equal_uncached_inside_the_window_and_after_each_slide(seed):
+    rng = random.Random(seed)
+    T, heads, vocab_size = rng.randint(1, 12), rng.choice([1, 2, 4]), rng.randint(2, 30)
+    layers = rng.randint(0, 3)
+    model = tiny_model(vocab_size, block_size=T, n_head=heads, n_embd=8 * heads, n_layer=layers)
+    index = torch.randint(vocab_size, (rng.randint(1, 3), rng.randint(1, 30)))
+    options = rng.randint(0, 40), rng.choice([0, 0.5, 1.0, 5.0]), rng.choice([None, 1, 5, 100])
 
+    text, seen = stream_with_logits(model, index, *options)
+
+    assert len(seen) == options[0]
+    assert text.dtype == torch.int64 and text.shape == (len(index), index.shape[1] + options[0])
+    assert 0 <= text.min() and text.max() < vocab_size
+    first = max(0, index.shape[1] - T)  # of the window, which slides to its last half when full
+    for end, logits in enumerate(seen, start=index.shape[1]):
+        if end - first > T:
+            first = end - max(1, T // 2)
+        assert torch.allclose(logits, model(text[:, first:end])[0][:, -1], atol=1e-5)
+
+
+def test_generate_is_stream_joined():
+    model, index = tiny_model(), torch.randint(11, (2, 3))
+    torch.manual_seed(1)
+    parts = list(model.stream(index, 20))
+    torch.manual_seed(1)
+    assert torch.equal(model.generate(index, 20), torch.cat([index, *parts], dim=1))
+
+
+@pytest.mark.parametrize("options", [dict(top_k=1), dict(temperature=0), dict(temperature=1e-5)])
+def test_top_1_and_temperature_0_take_the_likeliest(options):
+    model, index = tiny_model(), torch.randint(11, (3, 20))  # longer than block_size
+    text = model.generate(index, 10, **options)
+    assert torch.equal(text[:, 20], model(text[:, 12:20])[0][:, -1].argmax(-1))
+    assert torch.equal(text, model.generate(index, 10, temperature=0))
+
+
+def test_top_k_draws_the_k_likeliest_and_no_others():
+    model, index = tiny_model(), torch.randint(11, (1, 8))
+    likeliest = model(index)[0][0, -1].topk(3).indices.tolist()
+    drawn = {model.generate(index, 1, 5.0, top_k=3)[0, -1].item() for _ in range(100)}
+    assert drawn == set(likeliest)
+
+
+@pytest.mark.parametrize("options", [dict(temperature=-1), dict(temperature=math.nan), dict(top_k=0)])
+def test_options_of_generation_that_make_no_sense_are_refused(options):
+    with pytest.raises(ValueError):
+        tiny_model().generate(torch.zeros(1, 1, dtype=torch.int64), 1, **options)
+
+
+def test_generation_from_nothing_is_refused():
+    with pytest.raises(ValueError):
+        tiny_model().generate(torch.zeros(1, 0, dtype=torch.int64), 1)
+
+
+# ---------------------------------------------------------------------------------------- learning
 
 def test_estimate_loss_is_the_same_every_time_and_leaves_no_trace():
     splits, tokenizer = gpt.load_data(tiny())
-    model = model_of(tokenizer.vocab_size, dropout=0.5).train()
+    model = tiny_model(tokenizer.vocab_size, dropout=0.5).train()
     first = gpt.estimate_loss(model, splits, tiny())
-    x, y = gpt.get_batch(splits["train"], tiny())
-    assert first == gpt.estimate_loss(model, splits, tiny()) and first.keys() == {"train", "val"}
-    assert model.training and all(p.grad is None for p in model.parameters())
+    assert first == gpt.estimate_loss(model, splits, tiny())
+    assert first.keys() == {"train", "val"}
     assert first["val"] == pytest.approx(math.log(tokenizer.vocab_size), abs=0.2)
-    assert not torch.equal(model(x)[0], model(x)[0])  # dropout is for training ...
-    assert torch.equal(model.eval()(x)[0], model(x)[0])  # ... alone
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_learning_rate_warms_up_and_decays():
+def test_dropout_is_for_training_alone():
+    model, index = tiny_model(dropout=0.5), torch.randint(11, (4, 8))
+    assert torch.equal(model(index)[0], model(index)[0])
+    model.train()
+    assert not torch.equal(model(index)[0], model(index)[0])
+
+
+def test_learning_rate_warms_up_and_decays_to_a_tenth():
     config = tiny(learning_rate=1.0, warmup_iters=10, max_iters=110)
     rates = [gpt.learning_rate(step, config) for step in range(111)]
-    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)]) and rates[10] == 1
-    assert all(a > b for a, b in zip(rates[10:], rates[11:])) and rates[-1] == pytest.approx(0.1)
+    assert rates[:10] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    assert rates[10] == 1
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_optimizers_share_out_every_parameter_once(kind):
-    model = model_of(n_layer=1)
-    groups = [g for o in gpt.make_optimizers(model, tiny(optimizer=kind, weight_decay=0.3)) for g in o.param_groups]
-    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(map(id, model.parameters()))
-    assert all((g["weight_decay"] == 0.3) == (p.ndim == 2) for g in groups for p in g["params"])
-    blocks = {id(p) for p in model.blocks.parameters() if p.ndim == 2}
-    assert ({id(p) for p in groups[-1]["params"]} == blocks) == (kind == "muon")
-    gpt.train(tiny(optimizer=kind, n_layer=0))  # no attention is a model too
+def test_each_parameter_has_one_optimizer_and_only_matrices_decay(kind):
+    model = tiny_model()
+    optimizers = gpt.make_optimizers(model, tiny(optimizer=kind, weight_decay=0.3))
+    moved = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                moved.append(id(parameter))
+                assert (group["weight_decay"] == 0.3) == (parameter.ndim == 2)
+    assert sorted(moved) == sorted(id(parameter) for parameter in model.parameters())
 
 
-def test_gradient_accumulation_4x8_is_batch_32():
-    splits, tokenizer = gpt.load_data(tiny())
-    results = []
-    for batch_size, grad_accum in ((8, 4), (32, 1)):
-        config = tiny(batch_size=batch_size, grad_accum=grad_accum, weight_decay=0.1)
-        model, optimizers, _ = gpt.build(config, tokenizer.vocab_size, splits["train"])
-        losses = [gpt.training_step(model, optimizers, splits["train"], config, step).item() for step in range(6)]
-        results.append((losses, torch.cat([p.detach().flatten() for p in model.parameters()])))
-    (a, x), (b, y) = results
-    assert a == pytest.approx(b, abs=1e-5) and torch.allclose(x, y, atol=1e-4) and a[-1] < a[0]
+def test_muon_moves_the_matrices_of_the_blocks():
+    model = tiny_model()
+    muon = gpt.make_optimizers(model, tiny(optimizer="muon"))[1]
+    moved = {id(parameter) for parameter in muon.param_groups[0]["params"]}
+    assert moved == {id(p) for p in model.blocks.parameters() if p.ndim == 2}
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_model_without_attention_trains_too(kind):
+    losses = train_tiny(optimizer=kind, n_layer=0, max_iters=30)["losses"]
+    assert losses[30]["val"] < losses[0]["val"]
+
+
+def losses_of_steps(batch_size, grad_accum):
+    """Six training steps -> (their losses, all weights after them)."""
+    config = tiny(batch_size=batch_size, grad_accum=grad_accum, weight_decay=0.1)
+    splits, tokenizer = gpt.load_data(config)
+    model, optimizers, fast = gpt.build(config, tokenizer.vocab_size)
+    losses = []
+    for step in range(6):
+        batches = gpt.draw_batches(splits["train"], config, step)
+        losses.append(gpt.training_step(fast, optimizers, batches, config, step).item())
+    return losses, torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_four_batches_of_8_are_one_of_32():
+    losses, weights = losses_of_steps(batch_size=8, grad_accum=4)
+    expected_losses, expected_weights = losses_of_steps(batch_size=32, grad_accum=1)
+    assert losses == pytest.approx(expected_losses, abs=1e-5)
+    assert torch.allclose(weights, expected_weights, atol=1e-4)
+    assert losses[-1] < losses[0]
+
+
+# -------------------------------------------------------------------------- runs and their resuming
+
+def test_one_watches_it_learn_on_one_line_an_evaluation(capsys):
+    gpt.train(tiny())
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert len(lines) == 3
+    for line in lines:
+        match = re.fullmatch(r"step +\d+   train \d\.\d{4}   val \d\.\d{4}   (.+)", line)
+        assert len(match[1]) > 30
+        assert len(line) <= 120
+
+
+def test_what_is_printed_leaves_the_run_as_it_was(monkeypatch):
+    shown = train_tiny(out="shown.pkl", dropout=0.2)
+    monkeypatch.setattr(gpt.Run, "sample", lambda self, length: "")
+    silent = train_tiny(out="silent.pkl", dropout=0.2)
+    assert_same(shown["model"], silent["model"])
+
+
+def fail_at(step_to_fail):
+    """A training_step that fails at one step, as a power cut would."""
+    original = gpt.training_step
+
+    def training_step(model, optimizers, batches, config, step):
+        if step == step_to_fail:
+            raise ZeroDivisionError
+        return original(model, optimizers, batches, config, step)
+
+    return training_step
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_resumed_run_is_the_run_that_was_never_stopped(optimizer, monkeypatch):
     settings = dict(optimizer=optimizer, dropout=0.2, grad_accum=2, max_iters=8)
-    whole, step, spy = trained(**settings, out="whole.pkl"), gpt.training_step, Mock(wraps=torch.manual_seed)
+    whole = train_tiny(**settings, out="whole.pkl")
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(gpt, "training_step", lambda *args: step(*args) if args[4] < 4 else 1 / 0)
-        patch.setattr(torch, "manual_seed", spy)
-        trained(**settings)
+        patch.setattr(gpt, "training_step", fail_at(4))
+        train_tiny(**settings)
     assert gpt.load_checkpoint("book.pkl")["step"] == 3  # the last evaluation
-    assert len({call.args for call in spy.call_args_list}) == 1 + 4 * 2  # each micro-batch of each step has its seed
-    parts = trained(**settings)
+
+    resumed = train_tiny(**settings)
+
     for key in ("model", "optimizer", "losses", "best", "step"):
-        assert_same(whole[key], parts[key])
-    other = trained(**settings, out="other.pkl", seed=1)["model"]["head.weight"]
-    assert whole["corpus"] == parts["corpus"] and not torch.equal(whole["model"]["head.weight"], other)
+        assert_same(whole[key], resumed[key])
+    assert whole["corpus"] == resumed["corpus"]
 
 
-def test_two_processes_train_what_one_trains(monkeypatch):
+def test_another_seed_is_another_model():
+    one = train_tiny(out="one.pkl", seed=1)["model"]["lm_head.weight"]
+    two = train_tiny(out="two.pkl", seed=2)["model"]["lm_head.weight"]
+    assert not torch.equal(one, two)
+
+
+def test_each_micro_batch_of_each_step_has_a_seed_of_its_own():
+    splits, _ = gpt.load_data(tiny())
+    seeds = set()
+    for step in range(5):
+        for seed, x, y in gpt.draw_batches(splits["train"], tiny(grad_accum=3), step):
+            seeds.add(seed)
+    assert len(seeds) == 15
+
+
+def test_two_processes_train_what_one_trains():
     settings = dict(grad_accum=2, dropout=0.3, max_iters=50, eval_interval=50, learning_rate=3e-3)
-    gpt.train(tiny(**settings, out="one.pkl"))
-    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", GPT[1], *flags(**settings, out="two.pkl")]
-    process = run([sys.executable, *words])
-    assert process.returncode == 0 and process.stdout.count("step     50") == 1, process.stderr  # one of them prints
-    for steps in (50, 60):  # the last ten by one process
-        one, two = (trained(**{**settings, "max_iters": steps}, out=out)["model"] for out in ("one.pkl", "two.pkl"))
-        assert all(torch.allclose(one[k], two[k], atol=1e-4) for k in one)
-    monkeypatch.setattr(gpt, "WORLD", 2)
-    refused(gpt.main, flags(grad_accum=3), "grad_accum 3", "2 processes")
+    one = train_tiny(**settings, out="one.pkl")["model"]
+    words = ["--nproc_per_node=2", str(HERE / "gpt.py"), *flags(**settings, out="two.pkl")]
+    process = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words],
+                             capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("step     50") == 1  # one of them prints
+    two = gpt.load_checkpoint("two.pkl")["model"]
+    for name in one:
+        assert torch.allclose(one[name], two[name], atol=1e-4)
 
 
-def test_tune_prints_a_table_and_a_command_that_works(capsys, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda model: model)  # which would take a minute
-    gpt.main([*flags(grad_accum=2), "--tune"])
-    table, _, command = capsys.readouterr().out.partition("fastest: python gpt.py ")
-    rows = [line.split() for line in table.splitlines() if "float" in line]
-    assert len(rows) == 6 and all(int(row[0]) * int(row[1]) == 8 for row in rows) and not Path("book.pkl").exists()
-    assert "--batch_size" in command and "--grad_accum" in command  # which an older checkpoint may have otherwise
-    gpt.main(command.split())
-    assert_same(trained(compile=True, out="a.pkl")["model"], trained(out="b.pkl")["model"])  # no trace of a trial step
+def test_processes_on_machines_with_disks_of_their_own_resume_from_process_0():
+    gpt.train(tiny(grad_accum=2))
+    checkpoint = Path("book.pkl").read_bytes()
+    processes = []
+    for rank in ("0", "1"):
+        machine = Path(f"machine{rank}")
+        machine.mkdir()
+        (machine / "book.txt").write_text(TEXT)
+        env = dict(os.environ, RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                   MASTER_PORT="29517")
+        words = [*flags(grad_accum=2, max_iters=12)]
+        processes.append(subprocess.Popen([sys.executable, HERE / "gpt.py", *words], cwd=machine,
+                                          env=env, stdout=subprocess.PIPE, text=True))
+        if rank == "0":
+            (machine / "book.pkl").write_bytes(checkpoint)
+    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+    assert not Path("machine1/book.pkl").exists()
+    two = gpt.load_checkpoint("machine0/book.pkl")
+    assert two["step"] == 12
+    one = train_tiny(grad_accum=2, max_iters=12)
+    for name in one["model"]:
+        assert torch.allclose(one["model"][name], two["model"][name], atol=1e-4)
 
 
-def test_interrupted_resumed_and_finished_as_a_process():
-    with gpt.stop_requests() as asked, pytest.raises(KeyboardInterrupt):
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
-            signal.raise_signal(number)
-    assert len(asked) == 2 and signal.getsignal(signal.SIGINT) == signal.default_int_handler
-    settings = dict(max_iters=1000, eval_interval=500, dropout=0.1)
-    process = start(words := [*GPT, *flags(**settings)])
-    assert any(line.startswith("step") for line in process.stdout)  # it has begun
-    time.sleep(0.5)
+def test_ctrl_c_saves_after_the_step_and_the_same_command_carries_on():
+    settings = dict(max_iters=600, eval_interval=300, dropout=0.1)
+    process = start("gpt.py", flags(**settings))
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    time.sleep(0.3)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "the same command carries on" in output and not errors
+    assert process.returncode == 0 and not errors
+    assert "the same command carries on" in output
     stopped = gpt.load_checkpoint("book.pkl")["step"]
-    resumed, again = run(words).stdout, run(words)
-    shown = f"at step {stopped} of", "step  1,000", "losses", "▁", "saved   book.pkl", "chat.py --model book"
-    assert all(text in resumed for text in shown)
-    assert_same(gpt.load_checkpoint("book.pkl")["model"], trained(**settings, out="whole.pkl")["model"])
-    assert 0 < stopped < 1000 and again.returncode == 0 and "already" in again.stdout  # the third time
+    assert 0 < stopped < 600
+
+    resumed = run("gpt.py", flags(**settings))
+
+    for shown in (f"at step {stopped:,} of", "step    600", "losses", "▁", "chat.py --model book.pkl"):
+        assert shown in resumed.stdout
+    whole = train_tiny(**settings, out="whole.pkl")
+    assert_same(gpt.load_checkpoint("book.pkl")["model"], whole["model"])
 
 
-def test_load_model_gives_the_best_weights_of_text_and_the_latest_of_pairs(monkeypatch):
-    Path("pairs.jsonl").write_text(pair("the cat", "sat") * 20)
-    monkeypatch.setattr(gpt, "estimate_loss", Mock(side_effect=[dict(train=1, val=val) for val in (3, 1, 2) * 2]))
-    for data, same in (("book.txt", False), ("pairs.jsonl", True)):
-        checkpoint = trained(data=data)
-        weights = checkpoint["best"]
-        assert torch.equal(weights["head.weight"], checkpoint["model"]["head.weight"]) == same
-        model, tokenizer, config = gpt.load_model(Config(data=data).out, "cpu")
-        assert_same(dict(model.state_dict()), dict(weights))
-        assert not model.training and tokenizer.chars == checkpoint["chars"] and config.n_embd == 16
-        assert_same(gpt.open_run(tiny(init_from=config.out, out="new.pkl"))[0]["model"], weights)
+def test_sigterm_is_as_ctrl_c_and_the_second_time_stops_at_once():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), gpt.stop_requests() as asked:
+        signal.raise_signal(signal.SIGTERM)
+        assert len(asked) == 1
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
-class Bomb:
-    __reduce__ = lambda self: (Path.touch, (Path("boom"),))
-
-
-def test_foreign_checkpoints_are_refused_and_run_nothing():
-    good, data = trained(), Path("book.pkl").read_bytes()
-    bad = [b"", data[: len(data) // 2], data[:-1], random.Random(0).randbytes(5000), pickle.dumps(Bomb()), {}]
-    weight = good["model"]["tokens.weight"]
-    for *path, key, value in [  # what is changed, added or (None) removed
-            *((entry, None) for entry in good), ("model", "tokens.weight", None), ("best", "x", weight),
-            ("model", "tokens.weight", weight[1:]), ("best", "tokens.weight", weight[1:]),
-            ("step", "x"), ("losses", [1]), ("corpus", None), ("config", "n_head", "x"), ("config", "x", 1),
-            ("optimizer", 0, 0, "exp_avg", torch.tensor(0.0)), ("optimizer", 0, 0, "exp_avg", None),
-            ("step", Bomb()), ("best", {}), ("optimizer", 0, 0, "exp_avg", torch.zeros(1, 1)),
-            ("config", "n_embd", 2**30), ("config", "n_layer", 10**9)]:
-        bad.append(gpt.load_checkpoint("book.pkl"))
-        place = reduce(getitem, path, bad[-1])
-        place.pop(key) if value is None else place.update({key: value})
-    large = model_of(len(good["chars"]), n_embd=256)
-    hollow = {name: torch.zeros(1).expand(p.shape) for name, p in large.named_parameters()}  # larger than the file
-    config = {**good["config"], "n_embd": 256}
-    bad.append({**good, "config": config, "optimizer": [{}], "model": hollow, "best": hollow})
-    for content in bad:
-        Path("bad.pkl").write_bytes(content) if isinstance(content, bytes) else gpt.save_checkpoint("bad.pkl", content)
-        refused(gpt.main, flags(out="bad.pkl"), "bad.pkl")
-        refused(gpt.main, flags(init_from="bad.pkl", out="new.pkl"), "bad.pkl")
-        refused(chat.main, ["--model", "bad.pkl", "--prompt", "a"], "bad.pkl")
+def test_a_finished_run_says_so_and_its_file_is_not_touched(capsys):
+    gpt.train(tiny())
+    before = files_in()
+    capsys.readouterr()
+    gpt.main(flags())
+    assert "at step 6 of 6" in capsys.readouterr().out
+    assert files_in() == before
 
 
 def test_killed_at_any_instant_the_run_ends_as_if_it_had_not_been():
-    settings = dict(max_iters=300, eval_interval=2, eval_iters=1, dropout=0.1)
-    whole, seen = trained(**settings, out="whole.pkl"), False
+    settings = dict(max_iters=200, eval_interval=2, eval_iters=1, dropout=0.1)
+    whole = train_tiny(**settings, out="whole.pkl")
     for _ in range(int(os.environ.get("KILLS", 5))):
-        process = start([*GPT, *flags(**settings)])
-        process.stdout.readline()  # loaded
+        process = start("gpt.py", flags(**settings))
+        process.stdout.readline()  # it has begun
         time.sleep(random.uniform(0, 1))
         process.kill()
         process.communicate()
-        seen = seen or Path("book.pkl").exists()  # and from then on it is there
-        if seen and gpt.load_checkpoint("book.pkl")["step"] == 300:
-            seen = Path("book.pkl").unlink()  # it had ended: from the start again
-    final = trained(**settings)
+        if Path("book.pkl").exists() and gpt.load_checkpoint("book.pkl")["step"] == 200:
+            Path("book.pkl").unlink()  # it had ended: from the start again
+    final = train_tiny(**settings)
     for key in ("model", "optimizer", "losses", "best"):
         assert_same(final[key], whole[key])
 
 
+def test_what_a_killed_save_left_behind_is_removed_by_the_next_run():
+    process = start("gpt.py", ["--help"])
+    process.communicate()
+    ended = Path(f"book.pkl.{process.pid}.tmp")
+    alive = Path(f"book.pkl.{os.getppid()}.tmp")
+    ended.write_text("half a checkpoint")
+    alive.write_text("another run is writing this")
+    gpt.train(tiny())
+    assert not ended.exists()
+    assert alive.exists()
+
+
 def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else():
     gpt.train(tiny())
-    before, half = contents(), Path("book.pkl").stat().st_size // 2
-    process = start([*GPT, *flags(max_iters=9)])
+    before = files_in()
+    half = Path("book.pkl").stat().st_size // 2
+    process = start("gpt.py", flags(max_iters=9))
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (half, half))
-    error = process.communicate()[1]
-    assert process.returncode == 2 and error.count("\n") == 1 and "book.pkl" in error, error
-    assert contents() == before and trained(max_iters=9)["step"] == 9
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.count("\n") == 1 and "book.pkl" in errors
+    assert files_in() == before
 
 
 def test_two_runs_at_once_and_the_file_always_loads():
-    runs, loads = [start([*GPT, *flags(max_iters=60, eval_interval=1, eval_iters=1)]) for _ in range(2)], 0
-    while any(process.poll() is None for process in runs):
-        if loads or Path("book.pkl").exists():  # and from then on it is there
-            loads += gpt.load_checkpoint("book.pkl")["step"] >= 0
-    assert loads > 5 and not any(process.communicate()[1] for process in runs) and not list(Path().glob("*.tmp"))
+    words = flags(max_iters=30, eval_interval=1, eval_iters=1)
+    processes = [start("gpt.py", words), start("gpt.py", words)]
+    loads = 0
+    while processes[0].poll() is None or processes[1].poll() is None:
+        if Path("book.pkl").exists():
+            gpt.load_checkpoint("book.pkl")
+            loads += 1
+    assert loads > 5
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0 and not errors
+    assert not list(Path().glob("*.tmp"))
 
 
-# A word, values it cannot have, and after a colon what the one line on stderr must name: "value", or else the word.
-MISTAKES = {gpt.main: """
-    --n_embd 0 -4 1.5 x | --n_embd | --n_embd 15: n_head | --n_head 3 0 | --n_layer -1 100000 | --batch_size 0 | stray
-    --block_size 0 5000 | --grad_accum 0 | --max_iters -1 | --warmup_iters -1 | --dropout 1 -0.1 nan | --eval_interval 0
-    --eval_iters 0 | --learning_rate -1 nan inf | --weight_decay -1 | --grad_clip -1 | --seed -1 1e3
-    --optimizer sgd: value | --dtype float16: value | --device tpu cuda:99: value | --compile=yes: compile
-    --colour red: --colour | --n_emb 16: --n_emb | --out .: value | --out nowhere/model.pkl: nowhere
-    --init_from nothing.pkl book.txt: value | --data novocab notjson ba words noval odd hollow ids: value
-    --data nothing.txt empty.txt short.txt empty.jsonl one.jsonl: value
-    --data bad.jsonl: line 3 | --data wrong.jsonl: line 2 | --data list.jsonl: line 1""", chat.main: """
-    --model nothing.pkl book.txt: value | --temperature -1 nan | --top_k -1 | --max_new_tokens 0 | --seed x
-    --device tpu: value | --colour red: --colour | --mod x: --mod""", prepare_owt.main: """
-    : sources | nothing.tar | good.pkl | random.tar | random.xz | random.tar.xz | empty.txt: no documents
-    --seed=x: seed | novocab: no documents | book.txt --sample=0 --sample=2: sample | book.txt --workers=0: workers
-    book.txt --val_fraction=1: val_fraction | book.txt --min_count=0: min_count | book.txt --out=full: full"""}
+def train_with_val_losses(monkeypatch, losses, **changes):
+    """A checkpoint whose evaluations gave these validation losses."""
+    rows = [{"train": 1.0, "val": loss} for loss in losses]
+    monkeypatch.setattr(gpt, "estimate_loss", Mock(side_effect=rows))
+    return train_tiny(**changes)
 
 
-def test_every_mistake_is_answered_in_one_line():
-    files = {"empty.txt": "", "short.txt": "abc", "empty.jsonl": "", "one.jsonl": pair("a", "b"),
-             "bad.jsonl": pair("a", "b") * 2 + "{", "wrong.jsonl": pair("a", "b") + '{"prompt": "a"}',
-             "list.jsonl": "[1]\n", "random.tar": "x" * 600, "random.xz": "x", "random.tar.xz": "x", "full/x": "x"}
-    good = {"vocab.json": json.dumps([END, "a", "b", UNK]), "train.bin": "\0\0\1\0" * 20, "val.bin": "\0\0" * 20}
-    for folder, name, content in [  # in each folder one file is changed or (None) missing
-            ("novocab", "vocab.json", None), ("noval", "val.bin", None), ("odd", "train.bin", "a" * 99),
-            ("hollow", "train.bin", ""), ("notjson", "vocab.json", "{"), ("ids", "train.bin", "\0\0\xff\xff" * 20),
-            ("ba", "vocab.json", json.dumps([*"ba", END, UNK])), ("words", "vocab.json", json.dumps([END, "ab", UNK]))]:
-        files |= {f"{folder}/{n}": text for n, text in {**good, name: content}.items() if text is not None}
-    for name, content in files.items():
+def test_of_a_text_the_best_weights_are_kept_and_loaded(monkeypatch):
+    saved = train_with_val_losses(monkeypatch, [3.0, 1.0, 2.0])
+    model, tokenizer, config = gpt.load_model("book.pkl")
+    assert not torch.equal(saved["best"]["lm_head.weight"], saved["model"]["lm_head.weight"])
+    assert_same(dict(model.state_dict()), dict(saved["best"]))
+    assert not model.training
+    assert tokenizer.chars == saved["chars"]
+    assert config.n_embd == 16
+
+
+def test_of_pairs_the_latest_weights_are_loaded(monkeypatch):
+    Path("pairs.jsonl").write_text(pair("the cat", "sat") * 20)
+    saved = train_with_val_losses(monkeypatch, [3.0, 1.0, 2.0], data="pairs.jsonl")
+    assert_same(dict(saved["best"]), dict(saved["model"]))
+    model, _, _ = gpt.load_model("pairs.pkl")
+    assert_same(dict(model.state_dict()), dict(saved["model"]))
+
+
+def test_fine_tuning_starts_from_the_best_weights_and_the_architecture(monkeypatch):
+    saved = train_with_val_losses(monkeypatch, [3.0, 1.0, 2.0], out="base.pkl", n_embd=32)
+    config = gpt.choose_settings(dict(init_from="base.pkl", data="book.txt", device="cpu"))
+    assert (config.n_embd, config.n_layer, config.block_size) == (32, 2, 8)
+    assert config.eval_interval == 150  # nothing else is handed down
+    run = gpt.Run(config)
+    assert_same(dict(run.model.state_dict()), dict(saved["best"]))
+    assert run.step == 0
+
+
+# ------------------------------------------------------------------------------ foreign checkpoints
+
+class Bomb:
+    """A pickle that makes a file when it is read."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("boom"),)
+
+
+def remove(*path):
+    """A change of a checkpoint that takes out what lies at the path."""
+    return path, None
+
+
+DAMAGES = [
+    remove("config"), remove("chars"), remove("corpus"), remove("step"), remove("losses"),
+    remove("model"), remove("best"), remove("optimizer"), remove("model", "tokens.weight"),
+    remove("optimizer", 0, 0, "exp_avg"),
+    (("best", "x"), torch.zeros(1)),
+    (("model", "tokens.weight"), torch.zeros(1, 16)),
+    (("best", "tokens.weight"), torch.zeros(1, 16)),
+    (("best",), {}),
+    (("step",), "x"),
+    (("step",), Bomb()),
+    (("losses",), [1]),
+    (("config", "n_head"), "x"),
+    (("config", "x"), 1),
+    (("config", "n_embd"), 2**30),
+    (("config", "n_layer"), 10**9),
+    (("optimizer", 0, 0, "exp_avg"), torch.tensor(0.0)),
+    (("optimizer", 0, 0, "exp_avg"), torch.zeros(1, 1)),
+    (("optimizer", 0, 0, "step"), torch.zeros(0)),
+]
+
+
+def assert_refused_everywhere(path):
+    """Training on, fine-tuning and chatting all refuse a file, and run nothing of it."""
+    assert_refused(gpt.main, flags(out=path), path)
+    assert_refused(gpt.main, flags(init_from=path, out="new.pkl"), path)
+    assert_refused(chat.main, ["--model", path, "--prompt", "a"], path)
+    assert not Path("boom").exists()
+
+
+@pytest.fixture(scope="module")
+def good_checkpoint(tmp_path_factory):
+    """The file of a trained model."""
+    folder = tmp_path_factory.mktemp("good")
+    (folder / "book.txt").write_text(TEXT)
+    gpt.train(tiny(data=str(folder / "book.txt"), out=str(folder / "good.pkl")))
+    return folder / "good.pkl"
+
+
+@pytest.mark.parametrize("path, value", DAMAGES)
+def test_a_doctored_checkpoint_is_refused(path, value, good_checkpoint):
+    checkpoint = gpt.load_checkpoint(good_checkpoint)
+    place = checkpoint
+    for key in path[:-1]:
+        place = place[key]
+    if value is None:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    torch.save(checkpoint, "bad.pkl")
+    assert_refused_everywhere("bad.pkl")
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 5000, pickle.dumps(Bomb()), pickle.dumps({})])
+def test_a_file_that_is_no_checkpoint_is_refused_and_not_run(content):
+    Path("bad.pkl").write_bytes(content)
+    assert_refused_everywhere("bad.pkl")
+
+
+@pytest.mark.parametrize("share", [0.5, 0.999])
+def test_a_checkpoint_that_was_cut_off_is_refused(share, good_checkpoint):
+    data = good_checkpoint.read_bytes()
+    Path("bad.pkl").write_bytes(data[: int(share * len(data))])
+    assert_refused_everywhere("bad.pkl")
+
+
+# ---------------------------------------------------------------------------------------- mistakes
+
+@pytest.mark.parametrize("name, value", [
+    ("n_layer", 2.9), ("compile", "False"), ("data", None), ("seed", "1"), ("dropout", "0.1"),
+    ("n_embd", True)])
+def test_a_setting_of_the_wrong_kind_is_refused_with_its_name_and_value(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be .*{value!r}"):
+        Config(**{name: value})
+
+
+# One command line each, and what the message must name. The sizes of TINY are added.
+MISTAKES = [
+    ("--n_embd 0", "n_embd"), ("--n_embd -4", "n_embd"), ("--n_embd 1.5", "n_embd"),
+    ("--n_embd x", "n_embd"), ("--n_embd", "n_embd"), ("--n_embd 15", "n_head"),
+    ("--n_head 3", "n_head"), ("--n_head 0", "n_head"), ("--n_layer -1", "n_layer"),
+    ("--n_layer 100000", "n_layer"), ("--batch_size 0", "batch_size"),
+    ("--block_size 0", "block_size"), ("--block_size 5000", "block_size"),
+    ("--grad_accum 0", "grad_accum"), ("--max_iters -1", "max_iters"),
+    ("--warmup_iters -1", "warmup_iters"), ("--dropout 1", "dropout"),
+    ("--dropout -0.1", "dropout"), ("--dropout nan", "dropout"),
+    ("--eval_interval 0", "eval_interval"), ("--eval_iters 0", "eval_iters"),
+    ("--learning_rate -1", "learning_rate"), ("--learning_rate nan", "learning_rate"),
+    ("--learning_rate inf", "learning_rate"), ("--weight_decay -1", "weight_decay"),
+    ("--grad_clip -1", "grad_clip"), ("--seed -1", "seed"), ("--seed 1e3", "seed"),
+    ("--optimizer sgd", "sgd"), ("--dtype float16", "float16"), ("--device tpu", "tpu"),
+    ("--device cuda:99", "cuda:99"), ("--compile=yes", "compile"), ("--colour red", "--colour"),
+    ("--n_emb 16", "--n_emb"), ("stray", "stray"), ("--out .", "."),
+    ("--out nowhere/model.pkl", "nowhere"), ("--init_from nothing.pkl", "nothing.pkl"),
+    ("--init_from book.txt", "book.txt"), ("--data nothing.txt", "nothing.txt"),
+    ("--data empty.txt", "empty.txt"), ("--data short.txt", "short.txt"),
+    ("--data empty.jsonl", "empty.jsonl"), ("--data one.jsonl", "one.jsonl"),
+    ("--data bad.jsonl", "bad.jsonl, line 3"), ("--data wrong.jsonl", "wrong.jsonl, line 2"),
+    ("--data list.jsonl", "list.jsonl, line 1"), ("--data folder", "vocab.json"),
+]
+BAD_FILES = {
+    "empty.txt": "", "short.txt": "abc", "empty.jsonl": "", "one.jsonl": pair("a", "b"),
+    "bad.jsonl": pair("a", "b") * 2 + "{", "wrong.jsonl": pair("a", "b") + '{"prompt": "a"}',
+    "list.jsonl": "[1]\n", "folder/train.bin": "",
+}
+
+
+@pytest.fixture
+def bad_files():
+    for name, content in BAD_FILES.items():
         Path(name).parent.mkdir(exist_ok=True)
-        Path(name).write_text(content, encoding="latin-1")
-    gpt.train(tiny(out="good.pkl"))
-    usual = {gpt.main: flags(), chat.main: ["--prompt", "a", "--model", "good.pkl"], prepare_owt.main: ["--out", "out"]}
-    cases = [(chat.main, ["--prompt", "a"], "model.pkl")]
-    for main, text in MISTAKES.items():
-        for entry in re.split(r" \| |\n *", text.strip()):
-            words, _, named = entry.partition(": ")
-            word, *values = words.split() or [""]
-            for value in values or [""]:
-                named_here = value if named == "value" else named or word.lstrip("-")
-                cases.append((main, [*usual[main], *filter(None, (word, value))], named_here))
-    assert len(cases) == 82
-    for main, words, named in cases:
-        refused(main, words, named)
-    for main, words, named in cases[::20]:  # the same as processes
-        process = run([sys.executable, HERE / f"{main.__module__}.py", *words])
-        assert process.returncode == 2 and process.stderr.count("\n") == 1 and named in process.stderr, process.stderr
+        Path(name).write_text(content)
 
 
-def test_what_breaks_in_training_is_answered_in_one_line(monkeypatch, capsys):
-    prepare_owt.main(["book.txt", "--out", "late"])
-    Path("late/train.bin").write_bytes(bytes(2**24) + b"\xff" * 40)  # the first 2**23 ids are good
-    refused(gpt.main, flags(data="late"), "late: holds ids")
-    monkeypatch.setattr(torch, "compile", lambda model: Mock(side_effect=RuntimeError("no compiler here\nat all")))
-    gpt.main([*flags(), "--compile"])  # trains without
-    assert capsys.readouterr().err.count("not compiled: RuntimeError: no compiler here") == 1
-    monkeypatch.setattr(gpt, "training_step", lambda model, *args: model.head.bias.data.fill_(math.nan).sum())
-    refused(gpt.main, flags(max_iters=9), "step 9", "--learning_rate")
-    monkeypatch.setattr(gpt, "training_step", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory\nand more")))
-    for compiled in ([], ["--compile"]):
-        refused(gpt.main, [*flags(max_iters=9, batch_size=64), *compiled], "--batch_size 32 --grad_accum 2")
-    monkeypatch.setattr(os, "access", lambda *args: False)
-    refused(gpt.main, flags(max_iters=9), "book.pkl: no folder")
+@pytest.mark.parametrize("words, named", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_status_2(words, named, bad_files):
+    assert_refused(gpt.main, [*flags(), *words.split()], named)
 
 
-def test_a_flag_that_contradicts_the_checkpoint_is_refused():
+def test_a_mistake_is_the_same_for_a_process():
+    process = run("gpt.py", flags(n_embd=15))
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1 and "n_head" in process.stderr
+
+
+def test_weights_that_are_no_numbers_end_the_run_and_are_not_saved(monkeypatch):
+    gpt.train(tiny())
+
+    def explode(model, optimizers, batches, config, step):
+        model.lm_head.bias.data.fill_(math.nan)
+        return torch.zeros(())
+
+    monkeypatch.setattr(gpt, "training_step", explode)
+    assert_refused(gpt.main, flags(max_iters=9), "step 9", "--learning_rate")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nMore"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_is_one_line_with_advice(error, monkeypatch):
+    gpt.train(tiny(batch_size=64))
+    monkeypatch.setattr(gpt, "training_step", Mock(side_effect=error))
+    assert_refused(gpt.main, flags(max_iters=9, batch_size=64), "--batch_size 32 --grad_accum 2")
+
+
+def test_a_compiler_that_fails_is_one_line_that_says_no_compile(monkeypatch):
+    gpt.train(tiny())
+    error = torch._dynamo.exc.InternalTorchDynamoError("no compiler here\nat all")
+    monkeypatch.setattr(gpt, "training_step", Mock(side_effect=error))
+    assert_refused(gpt.main, [*flags(max_iters=9), "--compile"], "--no-compile", "no compiler here")
+
+
+@pytest.mark.parametrize("name, old, new", [
+    ("n_embd", 16, 32), ("n_layer", 2, 1), ("n_head", 2, 4), ("block_size", 8, 4),
+    ("optimizer", "adamw", "muon"), ("seed", 1337, 5)])
+def test_a_flag_that_contradicts_the_checkpoint_is_refused(name, old, new):
+    gpt.train(tiny())
+    assert_refused(gpt.main, flags(**{name: new}), f"{name} {old}, not {new}", "--out")
+
+
+def test_another_text_than_the_checkpoints_is_refused():
     gpt.train(tiny())
     Path("other.txt").write_text(TEXT + "!")
-    for name, old, new in (("n_embd", 16, 32), ("n_layer", 2, 1), ("n_head", 2, 4), ("block_size", 8, 4),
-                           ("optimizer", "adamw", "muon"), ("seed", 1337, 5)):
-        refused(gpt.main, flags(**{name: new}), f"{name} {old}, not {new}", "--out book-2.pkl")
+    assert_refused(gpt.main, flags(data="other.txt", out="book.pkl"), "corpus", "other.txt", "--out")
+
+
+def test_a_folder_with_another_vocabulary_is_refused():
+    gpt.train(tiny())
+    Path("other.txt").write_text(TEXT + "!")
     prepare_owt.main(["other.txt", "--out", "other"])
-    for data in ("other.txt", "other"):
-        refused(gpt.main, flags(data=data, out="book.pkl"), "corpus", data, "--out book-2.pkl")
-    gpt.main("--data book.txt --device cpu --max_iters 7".split())  # the rest comes from the checkpoint
+    assert_refused(gpt.main, flags(data="other", out="book.pkl"), "other", "vocabulary")
+    assert_refused(gpt.main, flags(data="other", init_from="book.pkl", out="new.pkl"), "vocabulary")
+
+
+def test_a_flag_left_out_comes_from_the_checkpoint():
+    gpt.train(tiny())
+    gpt.main(["--data", "book.txt", "--device", "cpu", "--max_iters", "7"])
     assert gpt.load_checkpoint("book.pkl")["step"] == 7
 
 
-def test_chat_answers_once_keeps_the_conversation_and_works_in_a_pipe(capsys, monkeypatch):
-    gpt.train(tiny(out="model.pkl"))
-    capsys.readouterr()
+def test_micro_batches_must_be_divisible_by_the_processes(monkeypatch):
+    monkeypatch.setattr(gpt, "WORLD", 2)
+    assert_refused(gpt.main, flags(grad_accum=3), "grad_accum 3", "2 processes")
+
+
+def test_tune_prints_rows_of_flags_and_the_last_line_works(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model: model)  # which would take a minute
+    gpt.main([*flags(grad_accum=2), "--tune"])
+    *rows, last = capsys.readouterr().out.splitlines()
+    assert len(rows) == 12
+    for row in rows:
+        words = row.split()
+        assert int(words[words.index("--batch_size") + 1]) * int(words[-4]) == 8
+    assert not Path("book.pkl").exists()
+    assert last.startswith("fastest: python gpt.py --batch_size")
+    gpt.main([*flags(), *last.split()[3:]])
+    assert gpt.load_checkpoint("book.pkl")["step"] == 6
+
+
+def test_tune_shows_why_a_setting_failed(capsys, monkeypatch):
+    monkeypatch.setattr(torch, "compile", Mock(side_effect=RuntimeError("no compiler here")))
+    gpt.main([*flags(), "--tune"])
+    assert "failed: no compiler here" in capsys.readouterr().out
+
+
+def test_bfloat16_trains():
+    losses = train_tiny(dtype="bfloat16", max_iters=30)["losses"]
+    assert losses[30]["val"] < losses[0]["val"]
+
+
+# ------------------------------------------------------------------------------- chat: a base model
+
+@pytest.fixture(scope="module")
+def base_checkpoint(tmp_path_factory):
+    """The bytes of a small model's checkpoint."""
+    folder = tmp_path_factory.mktemp("base")
+    Path(folder, "book.txt").write_text(TEXT)
+    settings = dict(TINY, data=str(folder / "book.txt"), out=str(folder / "model.pkl"))
+    gpt.train(Config(**settings, seed=1))
+    return Path(folder, "model.pkl").read_bytes()
+
+
+@pytest.fixture
+def base(base_checkpoint):
+    """model.pkl, where chat.py looks for it. Its block_size is 8."""
+    Path("model.pkl").write_bytes(base_checkpoint)
+
+
+@pytest.fixture
+def base_chat(base):
+    """A chat with the base model, whose answers have three characters."""
+    return chat.Chat(*gpt.load_model("model.pkl"), max_new_tokens=3)
+
+
+@pytest.mark.parametrize("prompt", ["the ", ""])
+def test_prompt_is_continued_by_as_many_characters_as_were_asked_for(base, capsys, prompt):
+    chat.main(["--prompt", prompt, "--max_new_tokens", "20", "--stats"])
+
+    output, errors = capsys.readouterr()
+    assert output.startswith(prompt)
+    assert len(output) == len(prompt) + 20 + len("\n")
+    assert "20 characters" in errors
+
+
+def test_the_same_seed_gives_the_same_text_and_another_one_another(base, capsys):
     outputs = []
     for seed in ("1", "1", "2"):
-        chat.main(["--prompt", "the ", "--max_new_tokens", "20", "--stats", "--seed", seed])
-        output, stats = capsys.readouterr()
-        assert output.startswith("the ") and len(output) == 4 + 20 + 1 and "20 characters" in stats
-        outputs.append(output)
-    assert outputs[0] == outputs[1] != outputs[2]
-    chat.main(["--prompt", "", "--max_new_tokens", "5"])
-    assert len(capsys.readouterr().out) == 6
-    piped = run([*CHAT, "--max_new_tokens", "20", "--seed", "1"], input="the \ncat\n/help\n")
-    assert piped.returncode == 0 and piped.stdout.startswith(outputs[0] + "cat") and "/quit" in piped.stderr
-    assert len(piped.stdout) == len("the cat") + 2 * 21  # the text and nothing else
-    talk = chat.Chat(*gpt.load_model("model.pkl"), max_new_tokens=3)
-    first, second = ("".join(talk.answer(prompt)) for prompt in ("the", "cat"))
-    assert talk.tokenizer.decode(talk.context).replace(END, "\n") == "the" + first + "cat" + second
+        chat.main(["--prompt", "the ", "--max_new_tokens", "20", "--seed", seed])
+        outputs.append(capsys.readouterr().out)
+
+    assert outputs[0] == outputs[1]
+    assert outputs[0] != outputs[2]
+
+
+def test_into_a_pipe_goes_the_text_and_nothing_else(base, capsys):
+    chat.main(["--prompt", "the ", "--max_new_tokens", "20", "--seed", "1"])
+    once = capsys.readouterr().out
+
+    process = run("chat.py", ["--max_new_tokens", "20", "--seed", "1"],
+                  input="the \ncat\n/help\n/quit\ndog\n")
+
+    assert process.returncode == 0
+    assert process.stdout.startswith(once + "cat")
+    assert len(process.stdout) == len("the cat") + 2 * len(" " * 20 + "\n")  # no dog: /quit
+    assert "/quit" in process.stderr
+
+
+def test_an_answer_is_streamed_a_character_at_a_time(base_chat):
+    answer = base_chat.answer("the")
+
+    next(answer)
+
+    assert len(base_chat.context) == len("the") + 1
+
+
+def test_the_model_reads_the_whole_conversation(base_chat):
+    base_chat.model.stream = Mock(wraps=base_chat.model.stream)
+
+    first = "".join(base_chat.answer("the"))
+    second = "".join(base_chat.answer("cat"))
+
+    index = base_chat.model.stream.call_args.args[0]  # what it got for the second answer
+    read = base_chat.tokenizer.decode(index[0].tolist()).replace(END, "\n")
+    kept = base_chat.tokenizer.decode(base_chat.context).replace(END, "\n")
+    assert read == "the" + first + "cat"
+    assert kept == "the" + first + "cat" + second
+
+
+def test_clear_forgets_the_conversation(base_chat, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("dog\n/clear\n"))
-    assert chat.talk(talk, stats=False) is None and not talk.context
+
+    chat.talk(base_chat, stats=False)
+
+    assert base_chat.context == []
+
+
+def test_with_an_empty_line_the_text_goes_on(base_chat, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("dog\n\n"))
+
+    chat.talk(base_chat, stats=False)
+
+    assert len(base_chat.context) == len("dog") + 2 * 3
+
+
+def test_characters_that_the_model_has_never_seen_are_counted(base_chat, capsys):
+    base_chat.show("é日a")
+
+    assert "never seen: 2" in capsys.readouterr().err
+
+
+def test_a_prompt_longer_than_the_context_is_said_to_be_cut(base_chat, capsys):
+    base_chat.show("the cat a")  # nine characters
+
+    assert capsys.readouterr().err == "(prompt cut to its last 8 characters)\n"
+
+
+def test_a_prompt_that_fills_the_context_is_not_cut(base_chat, capsys):
+    base_chat.show("the cat ")
+
+    assert capsys.readouterr().err == ""
 
 
 def test_control_characters_never_reach_the_terminal(capsys):
     text = "a\x1b[2J\r\x00\x9b\u202e\n\tb é日😀 \u200c"
     tokenizer = CharTokenizer(text)
-    model = Mock(**{"stream.return_value": torch.from_numpy(tokenizer.encode(text).astype(np.int64))})  # says it
-    chat.Chat(model, tokenizer, tiny()).show("")
-    assert capsys.readouterr().out == f"a{UNK}[2J{UNK * 4}\n\tb é日😀 \u200c\n"
+    model = Mock()
+    model.stream.return_value = torch.tensor(tokenizer.encode(text).tolist())  # it says just that
+
+    chat.Chat(model, tokenizer, Config(device="cpu")).show("")
+
+    assert capsys.readouterr().out == f"a{UNK}[2J{UNK}{UNK}{UNK}{UNK}\n\tb é日😀 \u200c\n"
 
 
-def test_chat_in_a_terminal():
-    gpt.train(tiny(out="model.pkl"))
-    pid, terminal = pty.fork()
-    if pid == 0:
+def test_control_characters_of_a_prompt_do_not_either(base, capsys):
+    chat.main(["--prompt", "\x1b[2J", "--max_new_tokens", "1"])
+
+    assert capsys.readouterr().out.startswith(f"{UNK}[2J")
+
+
+@pytest.fixture
+def terminal(base):
+    """(process id, terminal) of chat.py in a terminal, where an answer never ends by itself."""
+    process_id, terminal = pty.fork()
+    if process_id == 0:  # this is the new process
         os.environ["TERM"] = "dumb"
-        os.execv(CHAT[0], [*CHAT, "--max_new_tokens", "1000000000", "--seed", "1"])
-    end = time.time() + 60
-    for typed, shown in (("", "> "), ("the é\n", r"never seen: 1\).{50}"), ("\x03", "\n> "), ("/clear\n", "> ")):
-        os.write(terminal, typed.encode())  # \x03 is Ctrl-C, which stops the answer
-        seen = ""
-        while not re.search(shown, seen, re.DOTALL):
-            assert time.time() < end, seen[-300:]
-            if select.select([terminal], [], [], 0.1)[0]:
-                seen += os.read(terminal, 10000).decode("utf-8", "replace")
+        words = ["--max_new_tokens", "1000000000", "--seed", "1"]
+        os.execv(sys.executable, [sys.executable, HERE / "chat.py", *words])
+    yield process_id, terminal
+    os.close(terminal)  # which ends a process that is still there
+
+
+def wait_for(pattern, terminal):
+    """Reads what a terminal shows until that matches a pattern; at most 60 seconds."""
+    end = time.monotonic() + 60
+    seen = ""
+    while not re.search(pattern, seen, re.DOTALL):
+        assert time.monotonic() < end, seen[-300:]
+        readable, _, _ = select.select([terminal], [], [], 0.1)
+        if readable:
+            seen += os.read(terminal, 10000).decode("utf-8", "replace")
+
+
+def test_in_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(terminal):
+    process_id, terminal = terminal
+    wait_for("> ", terminal)
+
+    os.write(terminal, "the é\n".encode())
+    wait_for(r"never seen: 1\).{50}", terminal)  # an answer is under way
+    os.write(terminal, b"\x03")  # Ctrl-C
+    wait_for("\n> ", terminal)
+    os.write(terminal, b"/clear\n")
+    wait_for("\n> ", terminal)
     os.write(terminal, b"\x04")  # Ctrl-D
-    while (ended := os.waitpid(pid, os.WNOHANG)) == (0, 0) and time.time() < end:
+
+    end = time.monotonic() + 60
+    ended = (0, 0)
+    while ended == (0, 0) and time.monotonic() < end:
+        ended = os.waitpid(process_id, os.WNOHANG)
         time.sleep(0.1)
-    os.close(terminal)
-    assert ended == (pid, 0)
+    assert ended == (process_id, 0)
 
 
-def test_fine_tuning_answers_prompts_and_stops_at_end(capsys):
-    base = trained(out="base.pkl", n_embd=32, block_size=24)
-    pairs = [("the cat", "sat"), ("a dog", "ran"), ("on a mat", "the dog"), ("é", "cat")]  # "é" is not in the base
-    Path("pairs.jsonl").write_text("".join(pair(*texts) for texts in random.Random(0).choices(pairs, k=200)))
-    words = ["--init_from", "base.pkl", "--data", "pairs.jsonl", "--device", "cpu", "--max_iters", "300",
-             "--learning_rate", "5e-3", "--dropout", "0", "--batch_size", "16"]
-    refused(gpt.main, [*words, "--n_layer", "1"], "n_layer 2, not 1")
-    gpt.main(words)
-    assert "unknown" in capsys.readouterr().out
-    model, tokenizer, config = gpt.load_model("pairs.pkl")
-    assert config.answers_prompts and tokenizer.chars == base["chars"]
-    assert config.n_embd == 32 and config.eval_interval == 150  # only the architecture is handed down
-    talk = chat.Chat(model, tokenizer, config, temperature=0, max_new_tokens=50)
-    for prompt, completion in pairs * 2 + pairs[::-1]:  # over several turns
-        assert "".join(talk.answer(prompt)) == completion
-    assert tokenizer.decode(talk.context).startswith(f"{END}the cat\nsat{END}a dog\nran{END}on a mat\n")
-    assert run([*CHAT, "--model", "pairs.pkl", "--temperature", "0"], input="a dog\nthe cat\n").stdout == "ran\nsat\n"
+# ------------------------------------------------------------------- chat: a model trained on pairs
+
+FINE_TUNE = ("python gpt.py --init_from base.pkl --data pairs.jsonl --device cpu --max_iters 300 "
+             "--learning_rate 5e-3 --dropout 0 --batch_size 16")
 
 
-def test_a_short_text_is_memorised_and_int8_is_close_in_a_quarter_of_the_size(monkeypatch):
-    text = " ".join(gpt.__doc__.split())[:200]
-    Path("short.txt").write_text(text * 3)  # so that its end is seen as often as its middle
-    config = tiny(data="short.txt", block_size=32, n_embd=64, learning_rate=3e-3, max_iters=300, batch_size=16,
-                  warmup_iters=50, eval_interval=300)
-    model, (splits, tokenizer) = gpt.train(config), gpt.load_data(config)
-    recited = model.generate(torch.from_numpy(tokenizer.encode(text[:32])[None].astype(np.int64)), 168, top_k=1)
-    assert tokenizer.decode(recited[0].tolist()) == text
-    x, y = gpt.get_batch(splits["val"], config, np.arange(4))
-    logits, loss = model(x, y)
-    before = sum(t.nbytes for t in model.state_dict().values())
-    model = chat.quantize(model)
-    assert sum(t.nbytes for t in model.state_dict().values()) < 0.3 * before
-    odd = chat.quantize(model_of(n_embd=36))  # the fast product would read past the end of such rows
-    assert odd.generate(x[:1, :3] % 11, 5).shape == (1, 8) and torch.nn.Linear not in map(type, model.modules())
-    linear, z, products = chat.Int8Linear(torch.nn.Linear(64, 32).bfloat16()), torch.randn(2, 3, 64).bfloat16(), []
-    for _ in ("fast", "slow"):
-        with torch.no_grad():
-            quantized, quantized_loss = model(x, y)
-        assert (quantized - logits).abs().max() < 0.1 * logits.abs().max() and abs(quantized_loss - loss) < 0.01
-        assert model.generate(x[:1], 20).shape == (1, 52)
-        products.append(linear(z).float())
-        monkeypatch.delattr(torch, "_weight_int8pack_mm", raising=False)
-    assert products[0].shape == (2, 3, 32) and torch.allclose(*products, atol=0.02, rtol=0.02)
+@pytest.fixture(scope="module")
+def fine_tuned(tmp_path_factory):
+    """The folder of base.pkl, pairs.jsonl and pairs.pkl, which learned the answers to PAIRS; and
+    what that training printed."""
+    folder = tmp_path_factory.mktemp("fine-tuned")
+    prompts = random.Random(0).choices(list(PAIRS), k=200)
+    lines = [json.dumps({"prompt": prompt, "completion": PAIRS[prompt]}) for prompt in prompts]
+    (folder / "pairs.jsonl").write_text("\n".join(lines))
+    (folder / "book.txt").write_text(TEXT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        gpt.train(Config(**dict(TINY, out="base.pkl", n_embd=32, block_size=24)))
+        output = io.StringIO()
+        patch.setattr(sys, "stdout", output)
+        gpt.main(FINE_TUNE.split()[2:])
+    return folder, output.getvalue()
 
 
-RANDOM = [re.sub(f"\r\n|{END}|\ufeff", "", random_text(random.Random(i), 3000)) for i in range(13)]
-DOCUMENTS = ["one\r\ntwo", "日本語 😀 e\u0301", b"bad \xff\xe2\x82 end", f"an {END}", "\ufeffmark", "", *RANDOM]
-CLEANED = ["one\ntwo", "日本語 😀 e\u0301", f"bad {UNK}{UNK} end", f"an {UNK}", "mark", *RANDOM]
+@pytest.fixture
+def answering(fine_tuned):
+    """(model, tokenizer, config) of the model that was trained on PAIRS."""
+    folder, _ = fine_tuned
+    return gpt.load_model(folder / "pairs.pkl")
 
 
-def tar(files, **options):
-    """A tar of files: (name, text or bytes), or (name, TarInfo type) of what is no file."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", **options) as archive:
-        for name, content in files:
-            info, content = tarfile.TarInfo(name), content.encode() if isinstance(content, str) else content
-            if content in (b"1", b"2", b"3", b"4", b"5"):
-                info.type, info.linkname, content = content, "/etc/passwd", b""
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return buffer.getvalue()
+def test_fine_tuning_keeps_vocabulary_and_architecture_and_nothing_else(fine_tuned, answering):
+    folder, output = fine_tuned
+    _, base_tokenizer, _ = gpt.load_model(folder / "base.pkl")
+    _, tokenizer, config = answering
+
+    assert tokenizer.chars == base_tokenizer.chars
+    assert config.n_embd == 32
+    assert config.eval_interval == Config.eval_interval
+    assert "unknown" in output  # "é"
 
 
-def owt(documents=DOCUMENTS, per_shard=7):
-    """OpenWebText's shape: [(name of a shard, xz of a tar of documents)]."""
-    groups = [documents[i : i + per_shard] for i in range(0, len(documents), per_shard)]
-    return [(f"openwebtext/subset-{k}_data.xz", lzma.compress(tar((f"{i}.txt", d) for i, d in enumerate(group))))
-            for k, group in enumerate(groups)]
+def test_fine_tuning_refuses_another_architecture(fine_tuned, monkeypatch):
+    folder, _ = fine_tuned
+    monkeypatch.chdir(folder)
+    words = FINE_TUNE.split()[2:]
+
+    assert_refused(gpt.main, [*words, "--out", "new.pkl", "--n_layer", "1"], "n_layer 2, not 1")
 
 
-def prepared(*words):
-    """Prepares, then returns the documents of both splits and corpus.json."""
-    prepare_owt.main([*words, "--out", "out"])
-    splits, tokenizer = gpt.read_folder(Path("out"))
-    documents = [tokenizer.decode(ids)[:-1].split(END) for ids in splits.values()]  # the last character is an END too
-    return *documents, json.loads(Path("out/corpus.json").read_text())
+def test_a_model_trained_on_pairs_answers_and_stops_at_end_over_several_turns(answering):
+    talk = chat.Chat(*answering, temperature=0, max_new_tokens=50)
+    turns = list(PAIRS) * 2 + list(reversed(PAIRS))
+
+    answers = ["".join(talk.answer(prompt)) for prompt in turns]
+
+    assert answers == [PAIRS[prompt] for prompt in turns]
 
 
-def test_every_kind_of_source_comes_back_character_for_character():
-    assert (prepare_owt.END, prepare_owt.UNK) == (END, UNK)
-    Path("a.tar").write_bytes(tar(owt(per_shard=1)))
-    Path("b.tar.xz").write_bytes(lzma.compress(tar(owt())))
-    Path("c").mkdir()
-    for name, content in owt():
-        Path("c", Path(name).name).write_bytes(content)
-    Path("d.tar").write_bytes(tar((f"{i}.txt", d) for i, d in enumerate(DOCUMENTS)))
-    for source, workers in ((source, workers) for source in ("a.tar", "b.tar.xz", "c", "d.tar") for workers in "125"):
-        train, val, corpus = prepared(source, "--workers", workers)
-        assert train + val == CLEANED and len(train) == int(0.9 * len(CLEANED)), source
-        assert corpus["documents"] == len(CLEANED) and corpus["characters"] == sum(map(len, CLEANED))
-        assert contents("out").keys() == {"train.bin", "val.bin", "vocab.json", "corpus.json"}
-    Path("e_data.xz").write_bytes(lzma.compress(b"plain\r\ntext") + lzma.compress(b" goes on"))
-    Path("f.txt").write_bytes("\ufeffa text\r\n".encode() + b"\xff")
-    train, val, _ = prepared("a.tar", "e_data.xz", "f.txt", "c")
-    assert train + val == CLEANED + ["plain\ntext goes on", "a text\n" + UNK] + CLEANED
+def test_turns_stand_in_the_context_as_pairs_did_in_training(answering):
+    talk = chat.Chat(*answering, temperature=0, max_new_tokens=50)
+
+    for prompt in ("the cat", "a dog"):
+        talk.show(prompt)
+
+    assert talk.tokenizer.decode(talk.context) == f"{END}the cat\nsat{END}a dog\nran"
 
 
-def test_a_long_text_streams_and_gives_the_batches_of_the_text_file():
-    text = "01😀\r\n" * 1_000_000  # read in two pieces, the first of which ends between \r and \n, and renumbered in
-    Path("long.txt").write_text(text, encoding="utf-8", newline="")  # five, one of which would begin inside an emoji
-    prepared("long.txt")
-    (a, tokenizer), (b, same_tokenizer) = (gpt.load_data(tiny(data=data)) for data in ("long.txt", "out"))
-    assert tokenizer.chars == same_tokenizer.chars and isinstance(b["train"], np.memmap)
-    assert tokenizer.decode(np.concatenate([b["train"], b["val"]])) == text.replace("\r\n", "\n") + END
-    for split in ("train", "val"):
-        assert np.array_equal(a[split], b[split])
-        starts = np.array([0, 3, len(a[split]) - 9])
-        assert_same(*[gpt.get_batch(data[split], tiny(), starts) for data in (a, b)])
+def test_the_answers_alone_go_into_a_pipe(fine_tuned):
+    folder, _ = fine_tuned
+    process = run("chat.py", ["--model", folder / "pairs.pkl", "--temperature", "0"],
+                  input="a dog\n\nthe cat\n")
+
+    assert process.stdout == "ran\nsat\n"  # an empty line is no question
 
 
-def test_sample_and_val_fraction_and_min_count():
-    documents = [f"number {i} \u2603" for i in range(40)] + ["rare é"]
-    Path("a.tar").write_bytes(tar(owt(documents, 1)))
-    first, again, other = (sum(prepared("a.tar", "--sample", "0.25", "--seed", seed)[:2], []) for seed in "335")
-    assert 10 <= len(first) <= 11 and set(first) < set(documents) and first == again != other
-    train, val, corpus = prepared("a.tar", "--min_count", "2", "--val_fraction", "0.5")
-    assert len(train) == 20 and val[-1] == f"r{UNK}re {UNK}" and corpus["unknown"] == 2
-    Path("many.txt").write_text("".join(map(chr, range(0x10000, 0x22000))), encoding="utf-8")  # past 16 bits
-    refused(prepare_owt.main, ["many.txt", "--out", "many"], "--min_count")
+def test_one_prompt_and_its_answer_stand_on_lines_of_their_own(fine_tuned, capsys):
+    folder, _ = fine_tuned
+    chat.main(["--model", str(folder / "pairs.pkl"), "--temperature", "0", "--prompt", "a dog"])
+
+    assert capsys.readouterr().out == "a dog\nran\n"
 
 
-def test_hostile_archives_write_nothing_elsewhere():
-    hostile = [("/abs.txt", "absolute"), ("../up.txt", "parent"), ("empty.txt", b""), ("x" * 300 + ".txt", "long name"),
-               *((f"no file {kind}.txt", kind.encode()) for kind in "12345"), ("last.txt", "last")]
-    for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
-        shards = [("../../evil_data.xz", lzma.compress(tar(hostile, format=kind))), ("/dev/null", b"3"), ("a.md", "no")]
-        for files in (shards, hostile):
-            Path("a.tar").write_bytes(tar(files, format=kind))
-            before = {*Path().rglob("*"), *Path("..").glob("*")}
-            assert sum(prepared("a.tar")[:2], []) == ["absolute", "parent", "long name", "last"]
-            assert all(str(path).startswith("out") for path in {*Path().rglob("*"), *Path("..").glob("*")} - before)
+# ---------------------------------------------------------------------------- chat: 8 bits a weight
+
+RECITED = " ".join(gpt.__doc__.split())[:200]
 
 
-def test_truncation_anywhere_is_an_error_and_an_old_folder_stays():
-    whole, shard = tar(owt()), owt()[0][1]
-    Path("good.tar").write_bytes(whole)
-    prepared("good.tar")
-    used, second = len(whole.rstrip(b"\0")), 512 + -(-len(shard) // 512) * 512
-    cases = [("cut.tar", whole[:n]) for n in (0, 100, 512, 700, used // 2, used - 1, -(-used // 512) * 512)]
-    for name, data in (("cut_data.xz", shard), ("cut.tar.xz", lzma.compress(whole))):
-        cases += [(name, data[:n]) for n in (10, 20, len(data) // 2, len(data) - 1)]
-    for place in (512, 512 + len(shard) // 2, second):  # in the content of a member, and in the header of another
-        cases.append(("flipped.tar", whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :]))
-    for name, data in cases:
-        Path(name).write_bytes(data)
-        refused(prepare_owt.main, [name, "--out", "out"], name, "subset-" * (name[-4:] == ".tar" and len(data) > 511))
+@pytest.fixture(scope="module")
+def memorised(tmp_path_factory):
+    """(model, tokenizer, x, y): a model that learned RECITED by heart, and a batch of its text."""
+    folder = tmp_path_factory.mktemp("memorised")
+    path = folder / "short.txt"
+    path.write_text(RECITED * 3)  # so that its end is seen as often as its middle
+    changes = dict(data=str(path), out=str(folder / "short.pkl"), block_size=32, n_embd=64,
+                   learning_rate=3e-3, max_iters=300, batch_size=16, warmup_iters=50,
+                   eval_interval=300)
+    config = Config(**dict(TINY, **changes))
+    model = gpt.train(config)
+    splits, tokenizer = gpt.load_data(config)
+    x, y = gpt.get_batch(splits["val"], config)
+    return model, tokenizer, x, y
 
 
-def test_killed_preparation_leaves_nothing_that_gpt_accepts():
-    Path("a.tar").write_bytes(tar(owt(["x" * 5_000_000] * 20, 1)))
-    prepared("book.txt")
-    before, process = contents("out"), start([*PREPARE, "a.tar", "--out", "out"])
-    while not (begun := [*Path().glob("out.*.tmp/train.bin")]):
-        assert process.poll() is None
-    process.kill()
-    process.communicate()
-    assert contents("out") == before
-    refused(gpt.main, ["--data", str(begun[0].parent)], "vocab.json")
-    prepared("a.tar")
-    assert len([*Path().glob("out.*")]) == 1 and trained(data="out")["step"] == 6
+@pytest.fixture(scope="module")
+def as_int8(memorised):
+    """The same model with 8 bits a weight."""
+    model = copy.deepcopy(memorised[0])
+    return chat.quantize(model)
 
 
-def test_readme_lists_every_flag_and_every_lesson_has_its_home():
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    assert all(f"| `--{field.name}` |" in readme for field in gpt.fields(Config))
-    course = readme.partition("## The course")[2].partition("\n## ")[0]
-    homes = re.findall(r"^\| .+ \| ((?:`[^`]+`(?:, )?)+) \|$", course, re.MULTILINE)
-    assert len(homes) >= 25
-    for name in re.findall(r"`([^`]+)`", " ".join(homes)):
-        file, _, path = name.rpartition(":")
-        reduce(getattr, path.split("."), {"": gpt, "chat.py": chat, "prepare_owt.py": prepare_owt}[file])
-    assert set(re.findall(r"`(test_\w+)`", readme)) - {"test_gpt"} <= globals().keys()
+@pytest.fixture(params=["fast product", "slow product"])
+def product(request, monkeypatch):
+    """A test runs twice: with PyTorch's product for 8 bits, and as if it had none."""
+    if request.param == "slow product":
+        monkeypatch.delattr(torch, "_weight_int8pack_mm")
+
+
+def test_a_short_text_is_learned_by_heart(memorised):
+    model, tokenizer, _, _ = memorised
+    start = torch.tensor([tokenizer.encode(RECITED[:32]).tolist()])
+
+    text = model.generate(start, 168, top_k=1)
+
+    assert tokenizer.decode(text[0].tolist()) == RECITED
+
+
+def test_8_bits_say_almost_the_same_as_32(memorised, as_int8, product):
+    model, _, x, y = memorised
+
+    with torch.no_grad():
+        logits, loss = model(x, y)
+        int8_logits, int8_loss = as_int8(x, y)
+
+    assert (int8_logits - logits).abs().max() < 0.1 * logits.abs().max()
+    assert int8_loss.item() == pytest.approx(loss.item(), abs=0.01)
+
+
+def test_a_model_of_8_bits_generates(memorised, as_int8, product):
+    _, _, x, _ = memorised
+
+    text = as_int8.generate(x[:1], 20)
+
+    assert text.shape == (1, 32 + 20)
+
+
+def test_8_bits_take_little_more_than_a_quarter_of_the_memory(memorised, as_int8):
+    sizes = []
+    for model in (memorised[0], as_int8):
+        sizes.append(sum(tensor.nbytes for tensor in model.state_dict().values()))
+
+    assert sizes[1] < 0.3 * sizes[0]
+
+
+def test_every_linear_layer_gets_8_bits_and_the_rest_bfloat16(as_int8):
+    kinds = [type(module) for module in as_int8.modules()]
+    types = {tensor.dtype for tensor in as_int8.state_dict().values()}
+
+    assert torch.nn.Linear not in kinds
+    assert types == {torch.int8, torch.bfloat16}
+
+
+def test_8_bits_are_at_most_half_a_scale_off():
+    linear = torch.nn.Linear(64, 32)
+
+    quantized = chat.Int8Linear(linear)
+
+    error = quantized.weight * quantized.scale[:, None] - linear.weight
+    assert (error.abs() <= 0.501 * quantized.scale[:, None]).all()
+    assert (quantized.weight.abs().amax(dim=1) == 127).all()  # all of the range is used
+
+
+def test_the_fast_product_is_the_slow_one(monkeypatch):
+    linear = chat.quantize(torch.nn.Sequential(torch.nn.Linear(64, 32)))
+    x = torch.randn(2, 3, 64, dtype=torch.bfloat16)
+
+    fast = linear(x)
+    monkeypatch.delattr(torch, "_weight_int8pack_mm")
+    slow = linear(x)
+
+    assert fast.shape == (2, 3, 32)
+    assert torch.allclose(fast, slow, atol=0.02, rtol=0.02)
+
+
+def test_rows_that_the_fast_product_would_read_past_the_end_of_get_the_slow_one(monkeypatch):
+    fast = Mock()
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", fast)
+    model = gpt.GPT(Config(**dict(TINY, n_embd=36)), vocab_size=11)  # 36 is no multiple of 16
+    linear = chat.quantize(model).lm_head
+
+    y = linear(torch.randn(1, 3, 36, dtype=torch.bfloat16))
+
+    assert y.shape == (1, 3, 11)
+    fast.assert_not_called()
+
+
+def test_chat_says_what_8_bits_save(base, capsys):
+    chat.main(["--int8", "--prompt", "the ", "--max_new_tokens", "20"])
+
+    output, errors = capsys.readouterr()
+    assert len(output) == len("the ") + 20 + len("\n")
+    assert re.search(r"weights: \d+\.\d MiB, as int8 \d+\.\d MiB", errors)
+
+
+# ----------------------------------------------------------------------------------- chat: mistakes
+
+@pytest.mark.parametrize("command_line, named", [
+    ("python chat.py --prompt a --model nothing.pkl", "nothing.pkl"),
+    ("python chat.py --prompt a --model book.txt", "book.txt"),
+    ("python chat.py --prompt a --temperature -1", "temperature"),
+    ("python chat.py --prompt a --temperature nan", "temperature"),
+    ("python chat.py --prompt a --top_k -1", "top_k"),
+    ("python chat.py --prompt a --max_new_tokens 0", "max_new_tokens"),
+    ("python chat.py --prompt a --seed x", "seed"),
+    ("python chat.py --prompt a --device tpu", "tpu"),
+    ("python chat.py --prompt a --colour red", "--colour"),
+    ("python chat.py --prompt a --mod x", "--mod"),
+])
+def test_a_mistake_in_chat_is_one_line_and_exit_status_2(command_line, named, base):
+    assert_refused(chat.main, command_line.split()[2:], named)
+
+
+def test_without_a_model_chat_says_how_to_make_one():
+    process = run("chat.py", ["--prompt", "a"])
+
+    assert process.returncode == 2
+    assert process.stderr == "chat.py: model.pkl: no such model; python gpt.py makes one\n"
