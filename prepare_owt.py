@@ -1,204 +1,181 @@
-"""Turns OpenWebText, or any archive of texts, into the memory-mapped folder that gpt.py trains on.
+"""Turns OpenWebText, or any archive of texts, into the folder of ids that gpt.py trains on.
 
     python prepare_owt.py openwebtext.tar.xz --out data/owt
-    python prepare_owt.py urlsf_subset*.tar --out data/owt --sample 0.01
     python gpt.py --data data/owt
 
-The real corpus is 8 million documents, 40 GB, in an archive of 20,610 shards; a shard is an xz-compressed tar (sic) of
-one .txt file a document. It is larger than memory, so it streams: threads decompress a shard each (lzma and numpy let
-the others run meanwhile), and its text goes to one file as UTF-16. When all characters are known, a second pass turns
-that into token ids, in place. Nothing is unpacked to disk, and no name in an archive becomes a file's.
+OpenWebText is a tar of 20,610 shards, 40 GB of text; a shard is a tar, compressed with xz, of one
+.txt a document. Memory does not hold it, so a first pass writes the text to one file, piece by
+piece, and counts characters. Then the vocabulary is known, and a second pass writes the ids.
 """
-import argparse, io, json, lzma, math, os, random, re, shlex, shutil, sys, zlib
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+import codecs, io, json, lzma, multiprocessing, os, random, shlex, shutil, signal, sys, tarfile
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from itertools import islice
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 from tqdm import tqdm
 
-END, UNK = "\x03", "\ufffd"  # as in gpt.py, which is not imported: torch would take longer to load than a small corpus
+from gpt import END, UNK, CharTokenizer, Parser, clean
+
+
+def pieces(file):
+    """Yields the text of an open file, a few MB at a time, and END after it unless it is empty."""
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")("replace")
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=False)  # does not part \r from \n
+    while data := file.read(2**22):
+        yield clean(decoder.decode(data))
+    if file.tell() > 0:
+        yield clean(decoder.decode(b"", final=True)) + END
 
 
 def members(file, name):
-    """Yields (name, bytes) of each regular file in an open tar, in order. ValueError if it is damaged or cut off."""
-    long, member = b"", "its start"
+    """Yields (name, piece of text) of each .txt and (name, bytes) of each .xz in an open tar.
+    Nothing is extracted, so no link and no name in it can write anywhere."""
+    place = "its start"
     try:
-        while (block := file.read(512)) != bytes(512):  # a tar ends with zeros
-            # What tarfile does, some five times faster: a header is 512 bytes with a name, a size and a sum in octal.
-            size, total = (int(block[i:j].strip(b" \0") or b"0", 8) for i, j in ((124, 136), (148, 156)))
-            found = zlib.adler32(block[:148] + b" " * 8 + block[156:], 0) % 2**16  # this half of it is the plain sum
-            if total != found or not 0 <= size < 2**30:
-                raise EOFError("not the header of a file below 1 GiB")
-            member = (long or block[:100].partition(b"\0")[0]).decode("utf-8", "replace")
-            kind, data = block[156:157], file.read(-(-size // 512) * 512)[:size]
-            if len(data) < size:
-                raise EOFError("it ends inside a file")
-            if kind in b"0\0":  # folders, links and devices hold no text
-                yield member, data
-            long = b""
-            if kind in b"Lx":  # the next file's name has more than 100 bytes: as GNU writes it, or as POSIX does
-                long = data.rstrip(b"\0") if kind == b"L" else b"".join(re.findall(rb"\d path=(.*)\n", data))
-        while file.read(2**20):  # an .xz knows only at its very end whether it is whole
+        archive = tarfile.open(fileobj=file, mode="r:")
+        while member := archive.next():
+            archive.members.clear()  # tarfile would remember all of them
+            place = member.name
+            if member.isreg() and place.endswith(".xz"):
+                yield f"{name}: {place}", archive.extractfile(member).read()
+            elif member.isreg() and place.endswith(".txt"):
+                for text in pieces(archive.extractfile(member)):
+                    yield f"{name}: {place}", text
+        # Two blocks of zeros end a tar. tarfile stops at the first, but also at a damaged header or
+        # where the file is cut off. An .xz must be read to its end to know that it is whole.
+        if file.read(512) != bytes(512):
+            raise EOFError("the end is missing")
+        while file.read(2**22):
             pass
-    except (lzma.LZMAError, EOFError, ValueError) as error:
-        raise ValueError(f"{name}: corrupt in or after {member}: {error}") from None
+    except (tarfile.TarError, lzma.LZMAError, EOFError, ValueError) as error:
+        raise ValueError(f"{name}: damaged in or after {place}: {error}") from None
 
 
-def decode(documents):
-    """[bytes] -> [str]: UTF-8, \\n at line ends, closed by END; what is not UTF-8, and an END inside, become UNK."""
-    texts = (d.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace").replace(END, UNK) for d in documents)
-    # Looking for \r first is four times faster.
-    return [(text.replace("\r\n", "\n") if "\r" in text else text) + END for text in texts if text]
+def shards(files, sample, seed, bar):
+    """Yields (name, piece of text or bytes of an .xz); a share of them, chosen by their names."""
+    for path in files:
+        before = bar.n
+        with open(path, "rb") as file:
+            if path.name.endswith((".tar", ".tar.xz")):
+                found = members(lzma.open(file) if path.suffix == ".xz" else file, str(path))
+            elif path.suffix == ".txt":
+                found = ((str(path), text) for text in pieces(file))
+            else:
+                found = [(str(path), file.read())]
+            for name, content in found:
+                bar.update(before + file.tell() - bar.n)
+                if random.Random(f"{seed} {name}").random() < sample:
+                    yield name, content
 
 
-def shards(path):
-    """Yields (name, bytes of an .xz or decoded [str], bytes read so far) for each shard in the file at path."""
-    if path.name.endswith((".tar", ".tar.xz")):
-        with open(path, "rb") as raw, lzma.open(raw) if path.suffix == ".xz" else raw as file:
-            for name, data in members(file, path):
-                if name.endswith((".xz", ".txt")):
-                    yield f"{path}: {name}", data if name.endswith(".xz") else decode([data]), raw.tell()
-    elif path.suffix == ".xz":
-        yield path, path.read_bytes(), path.stat().st_size
-    elif path.suffix == ".txt":
-        with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-            while text := file.read(2**22):
-                while text.endswith("\r") and (more := file.read(1)):  # do not part \r from \n
-                    text += more
-                yield path, [text.replace("\r\n", "\n").replace(END, UNK)], file.buffer.tell()
-        yield path, [END] * (path.stat().st_size > 0), path.stat().st_size
-    else:
-        raise ValueError(f"{path}: not a .tar, .tar.xz, .xz or .txt file, nor a folder of them")
-
-
-def pairs(units):
-    """Characters past 16 bits (an emoji, say), which take two places in UTF-16: (where they begin, code points)."""
-    first = np.flatnonzero(units & 0xFC00 == 0xD800)
-    return first, 0x10000 + (units[first].astype(np.int64) - 0xD800) * 0x400 + units[first + 1] - 0xDC00
-
-
-def encode(name, data):
-    """A shard -> (its text as UTF-16, 1-D uint16; how often each of the 65,536 units occurs; code points past them)."""
-    if isinstance(data, bytes):
+def read(shard):
+    """(name, piece of text or bytes of an .xz) -> (UTF-8, the numbers of its characters, and how
+    often each occurs). This is what the workers do."""
+    name, content = shard
+    if isinstance(content, bytes):
         try:
-            data = lzma.decompress(data)
+            file = io.BytesIO(lzma.decompress(content))
         except lzma.LZMAError as error:
-            raise ValueError(f"{name}: corrupt: {error}") from None
-        is_tar = data[257:262] in (b"ustar", bytes(5))
-        data = decode([d for _, d in members(io.BytesIO(data), name)] if is_tar else [data])
-    units = np.frombuffer(b"".join([text.encode("utf-16-le") for text in data]), "<u2")
-    return units, np.bincount(units, minlength=2**16), pairs(units)[1]
+            raise ValueError(f"{name}: damaged: {error}") from None
+        if b"\0" in file.getvalue()[:512]:  # a tar begins with a header, which zeros fill up
+            content = "".join(text for _, text in members(file, name))
+        else:
+            content = "".join(pieces(file))
+    counts = np.bincount(np.frombuffer(content.encode("utf-32-le"), "<u4"))
+    codes = np.flatnonzero(counts)
+    return content.encode(), codes, counts[codes]
 
 
-def renumber(units, ids):
-    """UTF-16 -> token ids. ids: that of each code point."""
-    first, codes = pairs(units)
-    numbers = ids.take(units)
-    numbers[first] = ids[codes]
-    return np.delete(numbers, first + 1)
+def start_worker():
+    """A worker leaves Ctrl-C to its parent, and ends when that is gone, even if it was killed."""
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=end_with_parent, daemon=True).start()
 
 
-def in_order(pool, workers, function, jobs):
-    """Yields function(*job) for each job, as pool.map does, but works ahead by a few only: memory stays bounded."""
-    waiting = deque()
-    for job in jobs:
-        waiting.append(pool.submit(function, *job))
-        if len(waiting) > 2 * workers:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+def write_text(path, files, sample, seed, workers):
+    """The first pass: writes all text, as UTF-8; returns how often each character occurs."""
+    counts = np.zeros(sys.maxunicode + 1, np.int64)
+    bar = tqdm(total=sum(f.stat().st_size for f in files), unit="B", unit_scale=True, disable=None)
+    pool = ProcessPoolExecutor(workers, initializer=start_worker)
+    with bar, pool, open(path, "wb") as out:
+        waiting = shards(files, sample, seed, bar)
+        while group := list(islice(waiting, 32 * workers)):  # memory does not hold all of them
+            for text, codes, found in pool.map(read, group):
+                out.write(text)
+                counts[codes] += found
+            bar.set_postfix_str(f"{counts[ord(END)]:,} documents, {counts.sum():,} characters")
+    return counts
+
+
+def write_ids(folder, tokenizer, documents, val_fraction):
+    """The second pass: writes all ids to train.bin, then moves the last tenth or so to val.bin."""
+    with open(folder / "text", encoding="utf-8", newline="") as text:
+        with open(folder / "train.bin", "wb") as train:
+            while piece := text.read(2**20):
+                train.write(tokenizer.encode(piece))
+    ids = np.memmap(folder / "train.bin", "<u2", "r")
+    cut = int((1 - val_fraction) * len(ids))  # where load_data cuts a single text
+    if documents > 1:  # back to the end of a document, or else to that of the first
+        while cut > 0 and ids[cut - 1] != tokenizer.end:
+            cut -= 1
+        cut = cut or int(np.argmax(ids == tokenizer.end)) + 1
+    ids[cut:].tofile(folder / "val.bin")
+    del ids  # Windows shortens no file that is mapped
+    os.truncate(folder / "train.bin", 2 * cut)
 
 
 def prepare(files, folder, sample, seed, workers, val_fraction, min_count):
-    """Fills an empty folder from files; returns what its corpus.json says. ValueError names a bad file and member."""
-    sizes, totals = [f.stat().st_size for f in files], np.zeros(sys.maxunicode + 1, np.int64)
-    bar = tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=None)
-
-    def chosen():
-        number, last, keep, phase = 0, None, False, random.Random(seed).random()
-        for file, before in zip(files, np.cumsum([0, *sizes])):
-            for name, data, position in shards(file):
-                if name != last:  # another shard: every 1/sample-th is kept, from a random one on
-                    keep = int((number + 1) * sample + phase) > int(number * sample + phase)
-                    number, last = number + 1, name
-                if keep:
-                    yield name, data
-                bar.set_postfix_str(f"{totals[ord(END)]:,} documents, {bar.format_sizeof(train.tell() / 2)} characters",
-                                    refresh=False)
-                bar.update(before + position - bar.n)
-
-    with ThreadPoolExecutor(workers) as pool, bar, open(folder / "train.bin", "wb") as train:
-        for units, counts, codes in in_order(pool, workers, encode, chosen()):
-            train.write(units)
-            totals[: 2**16] += counts
-            np.add.at(totals, codes, 1)
-        totals[0xD800:0xE000] = 0  # halves of pairs
-        documents, length = int(totals[ord(END)]), int(totals.sum())
-        if not documents:
-            raise ValueError(f"no documents in {' '.join(map(str, files)) or 'empty folders'} at --sample {sample}")
-        known = totals >= min_count
-        known[[ord(END), ord(UNK)]] = True
-        vocabulary = np.flatnonzero(known)
-        if len(vocabulary) > 2**16:
-            raise ValueError(f"{len(vocabulary):,} different characters are more than {2**16:,}: "
-                             f"raise --min_count above {min_count}")
-        ids = np.full(len(totals), np.searchsorted(vocabulary, ord(UNK)), "<u2")
-        ids[vocabulary] = np.arange(len(vocabulary))
-
-        train.seek(0)
-        units = np.memmap(folder / "train.bin", "<u2", "r")
-        # A piece ends one unit later where that keeps a pair together.
-        bounds = [0, *(i + (units[i - 1] & 0xFC00 == 0xD800) for i in range(2**20, len(units), 2**20)), len(units)]
-        jobs = ((units[i:j], ids) for i, j in zip(bounds, bounds[1:]))
-        # A single text is cut by position, as load_data does, and others between documents.
-        wanted = min(max(int((1 - val_fraction) * documents), 1), documents - 1)
-        cut = math.inf if wanted else int((1 - val_fraction) * length)
-        done = closed = 0
-        with open(folder / "val.bin", "wb") as val:
-            for numbers in in_order(pool, workers, renumber, jobs):
-                ends = np.flatnonzero(numbers == ids[ord(END)])
-                if closed < wanted <= closed + len(ends):
-                    cut = done + int(ends[wanted - closed - 1]) + 1
-                n = int(min(len(numbers), max(0, cut - done)))
-                train.write(numbers[:n])  # never past what has been read
-                val.write(numbers[n:])
-                done, closed = done + len(numbers), closed + len(ends)
-    units = jobs = None  # Windows cuts nothing off a file that is mapped
-    os.truncate(folder / "train.bin", 2 * cut)
-    corpus = dict(documents=documents, characters=length - documents, vocabulary=len(vocabulary), train=cut,
-                  val=length - cut, unknown=int(totals[~known].sum() + totals[ord(UNK)]), sources=[*map(str, files)])
-    (folder / "vocab.json").write_text(json.dumps([chr(c) for c in vocabulary]), "utf-8")
+    """Fills an empty folder; returns what its corpus.json says. ValueError names a bad source."""
+    counts = write_text(folder / "text", files, sample, seed, workers)
+    documents = int(counts[ord(END)])
+    if documents == 0:
+        raise ValueError(f"no documents in {' '.join(map(str, files))} at --sample {sample}")
+    tokenizer = CharTokenizer(map(chr, np.flatnonzero(counts >= min_count)))
+    if tokenizer.vocab_size > 2**16:
+        raise ValueError(f"{tokenizer.vocab_size:,} characters are too many: raise --min_count")
+    write_ids(folder, tokenizer, documents, val_fraction)
+    (folder / "text").unlink()
+    length = int(counts.sum())
+    unknown = length - int(counts[tokenizer.id_to_code].sum()) + int(counts[ord(UNK)])
+    corpus = dict(documents=documents, characters=length - documents, unknown=unknown,
+                  vocabulary=tokenizer.vocab_size, sources=[str(path) for path in files])
+    (folder / "vocab.json").write_text(json.dumps(list(tokenizer.chars)), "utf-8")
     (folder / "corpus.json").write_text(json.dumps(corpus, indent=1), "utf-8")
     return corpus
 
 
 def main(argv=None):
-    """The command line."""
-    def fail(message):  # one line, whatever the name of a file holds
-        parser.exit(2, f"prepare_owt.py: {''.join(c if c.isprintable() else UNK for c in str(message))}\n")
-
-    parser = argparse.ArgumentParser(prog="prepare_owt.py", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = fail
-    parser.add_argument("sources", nargs="+", type=Path, help=".tar, .tar.xz, .xz or .txt files, or folders of them")
+    """Prepares in a temporary folder beside --out, which takes its name when it is complete."""
+    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("sources", nargs="+", type=Path, help=".tar, .tar.xz, .xz, .txt, folders")
     parser.add_argument("--out", type=Path, default="data/owt", help="folder to write (data/owt)")
-    numbers = (("sample", 1.0, 1e-9, 1, "share of the shards to take"), ("seed", 1337, 0, 2**62, "chooses them"),
-               ("workers", os.cpu_count(), 1, 1024, "threads"), ("val_fraction", 0.1, 1e-9, 0.999, "for validation"),
-               ("min_count", 1, 1, 2**62, "characters rarer than this become UNK"))
-    for name, default, _, _, note in numbers:
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{note} ({default})")
+    parser.add_argument("--seed", type=int, default=1337, help="chooses the shards (1337)")
+    parser.add_argument("--sample", type=float, default=1.0, help="share of the shards (1)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (all cores)")
+    parser.add_argument("--val_fraction", type=float, default=0.1, help="for validation (0.1)")
+    parser.add_argument("--min_count", type=int, default=1, help="rarer characters are UNK (1)")
+    limits = {"sample": 1, "workers": 1024, "val_fraction": 0.999, "min_count": 2**62}
     flags = vars(parser.parse_args(argv))
-    out, files = flags.pop("out"), []
+    out, sources, files = flags.pop("out"), flags.pop("sources"), []
+    new = out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    old = new.with_suffix(".old")
     try:
-        for name, _, low, high, _ in numbers:
-            if not low <= flags[name] <= high:
-                raise ValueError(f"--{name} must be from {low} to {high}, not {flags[name]}")
-        for source in flags.pop("sources"):
-            inside = source.iterdir() if source.is_dir() else [source]
-            files += sorted(f for f in inside if f.suffix in (".tar", ".xz", ".txt") or f == source)
-        if out.exists() and {p.name for p in out.iterdir()} - {"train.bin", "val.bin", "vocab.json", "corpus.json"}:
+        for name, most in limits.items():
+            if not 0 < flags[name] <= most:
+                raise ValueError(f"--{name} must be above 0, at most {most}, not {flags[name]}")
+        for source in sources:
+            inside = sorted(source.iterdir()) if source.is_dir() else [source]
+            files += [path for path in inside if path.suffix in (".tar", ".xz", ".txt")]
+            if not source.is_dir() and source not in files:
+                raise ValueError(f"{source}: no .tar, .tar.xz, .xz or .txt, nor a folder of them")
+        ours = {"train.bin", "val.bin", "vocab.json", "corpus.json"}
+        if out.exists() and {path.name for path in out.iterdir()} - ours:
             raise ValueError(f"{out}: holds other files; name a folder of its own with --out")
-        new, old = (out.with_name(f"{out.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
         new.mkdir(parents=True)
         try:
             corpus = prepare(files, new, **flags)
@@ -206,15 +183,15 @@ def main(argv=None):
             shutil.rmtree(new, ignore_errors=True)
             raise
         if out.exists():
-            out.rename(old)  # if this fails (a program has it open, say), both folders are there
+            out.rename(old)
         new.rename(out)
         shutil.rmtree(old, ignore_errors=True)
-    except (ValueError, OSError) as error:
-        fail(error)
+    except (ValueError, OSError, BrokenExecutor) as error:
+        parser.error(error)
     except KeyboardInterrupt:
         sys.exit(130)
-    print("{documents:,} documents, {characters:,} characters, {unknown:,} of them unknown, vocabulary {vocabulary:,}"
-          .format(**corpus))
+    print("{documents:,} documents, {characters:,} characters, {unknown:,} of them unknown, "
+          "vocabulary {vocabulary:,}".format(**corpus))
     print(f"train on it: python gpt.py --data {shlex.quote(str(out))}")
 
 

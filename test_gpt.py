@@ -2,7 +2,7 @@
 
 A test is a claim, its name, and the proof. The models are tiny, so that each takes a second or two.
 """
-import copy, io, json, lzma, math, os, pickle, pty, random, re, resource, select, shlex, signal
+import copy, io, json, lzma, math, os, pickle, pty, random, re, resource, select, signal
 import subprocess, sys, tarfile, time, tracemalloc
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -20,8 +20,8 @@ from gpt import END, UNK, CharTokenizer, Config
 HERE = Path(__file__).parent
 WORDS = ["the ", "cat ", "sat ", "on ", "a ", "mat.\n", "dog ", "ran "]
 TEXT = "".join(random.Random(0).choices(WORDS, k=1000))
-TINY = dict(data="book.txt", batch_size=4, block_size=8, n_embd=16, n_head=2, n_layer=2, dropout=0.0,
-            max_iters=6, warmup_iters=2, eval_interval=3, eval_iters=2, device="cpu")
+TINY = dict(data="book.txt", batch_size=4, block_size=8, n_embd=16, n_head=2, n_layer=2,
+            dropout=0.0, max_iters=6, warmup_iters=2, eval_interval=3, eval_iters=2, device="cpu")
 PAIRS = {"the cat": "sat", "a dog": "ran", "on a mat": "the dog", "é": "cat"}  # no "é" in TEXT
 
 
@@ -369,7 +369,8 @@ def test_top_k_draws_the_k_likeliest_and_no_others():
     assert drawn == set(likeliest)
 
 
-@pytest.mark.parametrize("options", [dict(temperature=-1), dict(temperature=math.nan), dict(top_k=0)])
+@pytest.mark.parametrize("options", [dict(temperature=-1), dict(temperature=math.nan),
+                                     dict(top_k=0)])
 def test_options_of_generation_that_make_no_sense_are_refused(options):
     with pytest.raises(ValueError):
         tiny_model().generate(torch.zeros(1, 1, dtype=torch.int64), 1, **options)
@@ -570,7 +571,7 @@ def test_ctrl_c_saves_after_the_step_and_the_same_command_carries_on():
 
     resumed = run("gpt.py", flags(**settings))
 
-    for shown in (f"at step {stopped:,} of", "step    600", "losses", "▁", "chat.py --model book.pkl"):
+    for shown in (f"at step {stopped} of", "step    600", "losses", "▁", "--model book.pkl"):
         assert shown in resumed.stdout
     whole = train_tiny(**settings, out="whole.pkl")
     assert_same(gpt.load_checkpoint("book.pkl")["model"], whole["model"])
@@ -596,7 +597,7 @@ def test_a_finished_run_says_so_and_its_file_is_not_touched(capsys):
 
 
 def test_killed_at_any_instant_the_run_ends_as_if_it_had_not_been():
-    settings = dict(max_iters=200, eval_interval=2, eval_iters=1, dropout=0.1)
+    settings = dict(max_iters=120, eval_interval=2, eval_iters=1, dropout=0.1)
     whole = train_tiny(**settings, out="whole.pkl")
     for _ in range(int(os.environ.get("KILLS", 5))):
         process = start("gpt.py", flags(**settings))
@@ -604,7 +605,7 @@ def test_killed_at_any_instant_the_run_ends_as_if_it_had_not_been():
         time.sleep(random.uniform(0, 1))
         process.kill()
         process.communicate()
-        if Path("book.pkl").exists() and gpt.load_checkpoint("book.pkl")["step"] == 200:
+        if Path("book.pkl").exists() and gpt.load_checkpoint("book.pkl")["step"] == 120:
             Path("book.pkl").unlink()  # it had ended: from the start again
     final = train_tiny(**settings)
     for key in ("model", "optimizer", "losses", "best"):
@@ -834,8 +835,9 @@ def test_weights_that_are_no_numbers_end_the_run_and_are_not_saved(monkeypatch):
     assert_refused(gpt.main, flags(max_iters=9), "step 9", "--learning_rate")
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nMore"), MemoryError(),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nMore"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+                                   MemoryError()])
 def test_out_of_memory_is_one_line_with_advice(error, monkeypatch):
     gpt.train(tiny(batch_size=64))
     monkeypatch.setattr(gpt, "training_step", Mock(side_effect=error))
@@ -860,7 +862,8 @@ def test_a_flag_that_contradicts_the_checkpoint_is_refused(name, old, new):
 def test_another_text_than_the_checkpoints_is_refused():
     gpt.train(tiny())
     Path("other.txt").write_text(TEXT + "!")
-    assert_refused(gpt.main, flags(data="other.txt", out="book.pkl"), "corpus", "other.txt", "--out")
+    words = flags(data="other.txt", out="book.pkl")
+    assert_refused(gpt.main, words, "corpus", "other.txt", "--out")
 
 
 def test_a_folder_with_another_vocabulary_is_refused():
@@ -1306,3 +1309,302 @@ def test_without_a_model_chat_says_how_to_make_one():
 
     assert process.returncode == 2
     assert process.stderr == "chat.py: model.pkl: no such model; python gpt.py makes one\n"
+
+
+# ---------------------------------------------------------------------------------- prepare_owt.py
+
+ODD = [re.sub(f"\r\n|{END}|\ufeff", "", random_text(seed, 3000)) for seed in range(13)]
+DOCUMENTS = ["one\r\ntwo", "日本語 😀 e\u0301", b"bad \xff\xe2\x82 end", f"an {END}", "\ufeffmark",
+             "", *ODD]
+CLEANED = ["one\ntwo", "日本語 😀 e\u0301", f"bad {UNK}{UNK} end", f"an {UNK}", "mark", *ODD]
+
+
+def tar(files, **options):
+    """The bytes of a tar of (name, text or bytes)."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", **options) as archive:
+        for name, content in files:
+            if isinstance(content, str):
+                content = content.encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def shard(documents, **options):
+    """The bytes of an xz-compressed tar with a .txt for each document."""
+    files = [(f"{number}.txt", document) for number, document in enumerate(documents)]
+    return lzma.compress(tar(files, **options))
+
+
+def owt(documents, per_shard=7):
+    """OpenWebText's shape: a list of (name, bytes) of shards."""
+    shards = []
+    for start in range(0, len(documents), per_shard):
+        name = f"openwebtext/subset-{start}_data.xz"
+        shards.append((name, shard(documents[start : start + per_shard])))
+    return shards
+
+
+def prepare(*words):
+    """Prepares, and returns the documents of both splits and corpus.json."""
+    prepare_owt.main([*words, "--out", "out"])
+    splits, tokenizer = gpt.load_data(tiny(data="out", block_size=1))
+    train = tokenizer.decode(splits["train"]).split(END)
+    val = tokenizer.decode(splits["val"]).split(END)
+    assert train.pop() == "" and val.pop() == ""  # an END closes the last document too
+    return train, val, json.loads(Path("out/corpus.json").read_text())
+
+
+@pytest.fixture
+def sources():
+    """The same documents in each kind of source."""
+    Path("shards.tar").write_bytes(tar(owt(DOCUMENTS)))
+    Path("single.tar").write_bytes(tar(owt(DOCUMENTS, per_shard=1)))
+    Path("original.tar.xz").write_bytes(lzma.compress(tar(owt(DOCUMENTS))))
+    texts = [(f"{number}.txt", document) for number, document in enumerate(DOCUMENTS)]
+    Path("texts.tar").write_bytes(tar(texts))
+    Path("folder").mkdir()
+    for number, (name, content) in enumerate(owt(DOCUMENTS)):
+        Path(f"folder/{number}_data.xz").write_bytes(content)
+
+
+@pytest.mark.parametrize("source", ["shards.tar", "single.tar", "original.tar.xz", "texts.tar",
+                                    "folder"])
+def test_every_kind_of_source_comes_back_character_for_character(source, sources):
+    train, val, corpus = prepare(source)
+    assert train + val == CLEANED
+    assert train and val
+    assert corpus["documents"] == len(CLEANED)
+    assert corpus["characters"] == sum(len(text) for text in CLEANED)
+    assert sorted(os.listdir("out")) == ["corpus.json", "train.bin", "val.bin", "vocab.json"]
+
+
+def test_any_number_of_workers_gives_the_same_files(sources):
+    results = []
+    for workers in ("1", "2", "5"):
+        prepare_owt.main(["shards.tar", "--out", "out", "--workers", workers, "--sample", "0.7"])
+        results.append(files_in("out"))
+    contents = [list(result.values()) for result in results]
+    assert contents[0] == contents[1] == contents[2]
+
+
+def test_plain_texts_and_compressed_ones_mix_with_shards(sources):
+    Path("a_data.xz").write_bytes(lzma.compress(b"plain\r\ntext") + lzma.compress(b" goes on"))
+    Path("b.txt").write_bytes("\ufeffa text\r\n".encode() + b"\xff")
+    train, val, _ = prepare("shards.tar", "a_data.xz", "b.txt", "folder")
+    assert train + val == [*CLEANED, "plain\ntext goes on", f"a text\n{UNK}", *CLEANED]
+
+
+def test_a_long_text_gives_the_batches_of_the_text_file_itself():
+    text = "01😀\r\n" * 1_000_000  # read in pieces, the first of which ends between \r and \n
+    Path("long.txt").write_text(text, encoding="utf-8", newline="")
+    prepare_owt.main(["long.txt", "--out", "out"])
+    expected, tokenizer = gpt.load_data(tiny(data="long.txt"))
+    splits, same_tokenizer = gpt.load_data(tiny(data="out"))
+    assert tokenizer.chars == same_tokenizer.chars
+    for name in ("train", "val"):
+        assert isinstance(splits[name], np.memmap)
+        assert np.array_equal(splits[name], expected[name])
+
+
+def test_a_sample_takes_some_shards_and_the_seed_chooses_them():
+    documents = [f"number {number}" for number in range(200)]
+    Path("a.tar").write_bytes(tar(owt(documents, per_shard=1)))
+    chosen = []
+    for seed in ("3", "3", "5"):
+        train, val, _ = prepare("a.tar", "--sample", "0.25", "--seed", seed)
+        chosen.append(train + val)
+    assert chosen[0] == chosen[1]
+    assert chosen[0] != chosen[2]
+    assert 30 < len(chosen[0]) < 70
+    assert set(chosen[0]) < set(documents)
+
+
+def test_rare_characters_become_unk_with_min_count():
+    Path("a.tar").write_bytes(tar(owt(["common ☃"] * 40 + ["rare é"])))
+    _, val, corpus = prepare("a.tar", "--min_count", "2")
+    assert val[-1] == f"r{UNK}r{UNK} {UNK}"
+    assert corpus["unknown"] == 3
+
+
+def test_val_fraction_is_the_share_for_validation_and_cuts_between_documents():
+    Path("a.tar").write_bytes(tar(owt([f"number {number:02d}" for number in range(40)])))
+    train, val, _ = prepare("a.tar", "--val_fraction", "0.5")
+    assert len(train) == len(val) == 20
+
+
+def test_more_characters_than_16_bits_number_are_refused():
+    characters = map(chr, range(0x10000, 0x22000))
+    Path("many.txt").write_text("".join(characters), encoding="utf-8")
+    assert_refused(prepare_owt.main, ["many.txt", "--out", "many"], "--min_count")
+
+
+LATIN_1 = "é" * 200 + "n" * 51 + ".txt"  # 255 bytes in Latin-1
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".txt", "/absolute.txt", "../up.txt"])
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_in_an_archive_write_nothing_elsewhere(name, kind):
+    inner = lzma.compress(tar([(name, "first"), ("last.txt", "last")], format=kind))
+    Path("a.tar").write_bytes(tar([("../../evil_data.xz", inner), ("/x.txt", "more")], format=kind))
+    before = set(Path("..").rglob("*"))
+    train, val, _ = prepare("a.tar")
+    assert train + val == ["first", "last", "more"]
+    new = {path for path in set(Path("..").rglob("*")) - before if "/out" not in str(path)}
+    assert not new
+
+
+def test_a_latin_1_name_of_255_bytes_is_read():
+    data = tar([(LATIN_1, "text")], format=tarfile.GNU_FORMAT, encoding="latin-1")
+    Path("a.tar").write_bytes(tar([("a_data.xz", lzma.compress(data)), ("b.txt", "more")]))
+    train, val, _ = prepare("a.tar")
+    assert train + val == ["text", "more"]
+
+
+def test_links_devices_and_folders_in_an_archive_hold_no_text():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for kind in (b"1", b"2", b"3", b"5", b"6"):  # two links, a device, a folder, a pipe
+            member = tarfile.TarInfo(f"{kind.decode()}.txt")
+            member.type = kind
+            member.linkname = "/etc/passwd"
+            archive.addfile(member)
+        for name in ("a.txt", "b.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 4
+            archive.addfile(member, io.BytesIO(b"text"))
+    Path("a.tar").write_bytes(buffer.getvalue())
+    train, val, _ = prepare("a.tar")
+    assert train + val == ["text", "text"]
+
+
+WHOLE = tar(owt(DOCUMENTS))
+SHARD = owt(DOCUMENTS)[0][1]
+USED = len(WHOLE.rstrip(b"\0"))
+DAMAGED = [("cut.tar", WHOLE[:length]) for length in (0, 100, 512, 700, USED // 2, USED - 1)]
+DAMAGED += [("cut.tar", WHOLE[: -(-USED // 512) * 512])]  # the two blocks of zeros are missing
+for length in (10, 20, len(SHARD) // 2, len(SHARD) - 1):
+    DAMAGED += [("cut_data.xz", SHARD[:length])]
+    DAMAGED += [("cut.tar.xz", lzma.compress(WHOLE)[: 10 * length])]
+for place in (512, 512 + len(SHARD) // 2, 512 + -(-len(SHARD) // 512) * 512):
+    DAMAGED += [("flipped.tar", WHOLE[:place] + bytes([WHOLE[place] ^ 255]) + WHOLE[place + 1 :])]
+
+
+@pytest.mark.parametrize("name, content", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_archive_is_refused_by_name_and_the_older_corpus_stays(name, content):
+    Path("good.tar").write_bytes(WHOLE)
+    prepare("good.tar")
+    Path(name).write_bytes(content)
+    assert_refused(prepare_owt.main, [name, "--out", "out"], name)
+
+
+def test_a_damaged_shard_is_named():
+    name, content = owt(DOCUMENTS)[1]
+    Path("a.tar").write_bytes(tar([owt(DOCUMENTS)[0], (name, content[:-5])]))
+    assert_refused(prepare_owt.main, ["a.tar", "--out", "out"], "a.tar", name)
+
+
+def start_of_a_long_preparation():
+    """A process of prepare_owt.py that has begun to write."""
+    Path("a.tar").write_bytes(tar(owt(["x" * 5_000_000] * 20, per_shard=1)))
+    process = start("prepare_owt.py", ["a.tar", "--out", "out"])
+    while not list(Path().glob("out.*.tmp/text")):
+        assert process.poll() is None
+    return process
+
+
+def test_a_killed_preparation_leaves_the_older_corpus_and_nothing_that_trains():
+    prepare_owt.main(["book.txt", "--out", "out"])
+    before = files_in("out")
+    process = start_of_a_long_preparation()
+    process.kill()
+    process.communicate()
+    assert files_in("out") == before
+    leftover = next(Path().glob("out.*.tmp"))
+    assert_refused(gpt.main, ["--data", str(leftover)], "vocab.json")
+
+
+def is_running(pid):
+    """Whether there is such a process, and not only its exit status."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_when_a_preparation_is_killed_its_workers_end_too():
+    process = start_of_a_long_preparation()
+    workers = []
+    while not workers:
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 30
+    while any(is_running(worker) for worker in workers):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_ctrl_c_ends_a_preparation_quietly_with_nothing_left():
+    process = start_of_a_long_preparation()
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert sorted(os.listdir()) == ["a.tar", "book.txt"]
+
+
+def test_a_prepared_folder_trains():
+    prepare_owt.main(["book.txt", "--out", "out"])
+    assert train_tiny(data="out")["step"] == 6
+
+
+@pytest.mark.parametrize("words, named", [
+    ("", "sources"), ("nothing.tar", "nothing.tar"), ("model.pkl", "model.pkl"),
+    ("random.tar", "random.tar"), ("random.xz", "random.xz"), ("random.tar.xz", "random.tar.xz"),
+    ("empty.txt", "no documents"), ("novocab", "no documents"), ("book.txt --seed=x", "seed"),
+    ("book.txt --sample=0", "sample"), ("book.txt --sample=2", "sample"),
+    ("book.txt --workers=0", "workers"), ("book.txt --val_fraction=1", "val_fraction"),
+    ("book.txt --min_count=0", "min_count"), ("book.txt --out=full", "full")])
+def test_a_mistake_in_preparation_is_one_line_and_exit_status_2(words, named):
+    Path("model.pkl").write_text("x")
+    Path("empty.txt").write_text("")
+    for name in ("random.tar", "random.xz", "random.tar.xz"):
+        Path(name).write_text("x" * 600)
+    for name in ("novocab/train.bin", "full/x"):
+        Path(name).parent.mkdir()
+        Path(name).write_text("x")
+    assert_refused(prepare_owt.main, ["--out=out", *words.split()], named)
+
+
+# ------------------------------------------------------------------------------------------- README
+
+README = (HERE / "README.md").read_text(encoding="utf-8")
+MODULES = {"": gpt, "chat.py": chat, "prepare_owt.py": prepare_owt}
+
+
+@pytest.mark.parametrize("name", [field.name for field in gpt.fields(Config)])
+def test_the_readme_lists_each_flag_with_its_meaning(name):
+    source = Path(gpt.__file__).read_text("utf-8")
+    line = re.search(rf"^    {name}: .*?  # (.*)$", source, re.MULTILINE)
+    row = re.search(rf"^\| `--{name}` \|.*\| (.*) \|$", README, re.MULTILINE)
+    assert row[1] == line[1]
+
+
+def test_each_lesson_has_its_home_in_the_source():
+    course = README.partition("## The course")[2].partition("Where this differs")[0]
+    homes = re.findall(r"^\| [^|]+ \| (`.+`) \|$", course, re.MULTILINE)
+    names = re.findall(r"`([^`]+)`", " ".join(homes))
+    assert len(homes) >= 20
+    for name in names:
+        file, _, path = name.rpartition(":")
+        home = MODULES[file]
+        for part in path.split("."):
+            home = getattr(home, part)
+        assert home.__doc__
+
+
+def test_each_promise_names_tests_that_exist():
+    names = set(re.findall(r"`(test_\w+)`", README))
+    assert len(names) > 15
+    assert names <= globals().keys()
