@@ -7,15 +7,13 @@
 
 It follows the freeCodeCamp course "Create a Large Language Model from Scratch with Python".
 Part one is the lesson: what a GPT is and how it learns. Part two is the craft that keeps a run safe
-and makes it fast: checkpoints, devices, the command line. Skip that on a first reading.
-Letters in comments are sizes:
+and makes it fast; skip it on a first reading. Letters in comments are sizes:
     B  batch: texts worked on side by side      H  attention heads
     T  time: characters in each text            D  head size, C / H
     C  channels: numbers for each character     V  vocabulary: different characters
 """
 import argparse, copy, hashlib, importlib.util, inspect, itertools, json, math, os, shlex, signal
 import sys, time, unicodedata
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -78,8 +76,7 @@ class CharTokenizer:
         id_to_char = {id: char for id, char in enumerate(chars)}
     Two arrays hold the same here, and look up a whole text at once. Their "code" is the number that
     Unicode gives a character (ord); UTF-32 writes a text as these numbers, four bytes each.
-    chars: any iterable of characters; END and UNK are added.
-    """
+    chars: any iterable of characters; END and UNK are added."""
 
     def __init__(self, chars):
         self.chars = "".join(sorted({*chars, END, UNK}))
@@ -137,17 +134,14 @@ def load_data(config, chars=""):
     prepare_owt.py made of a corpus larger than memory: np.memmap looks like an array, but reads
     from its file only what is used (in pages of 4 KiB).
     chars: the vocabulary of a model whose training goes on. ids: 1-D uint16, an array or a memmap.
-    ValueError if the corpus is too short or damaged, OSError if it cannot be read.
-    """
+    ValueError if the corpus is too short or damaged, OSError if it cannot be read."""
     if os.path.isdir(config.data):
         tokenizer = CharTokenizer(json.loads(Path(config.data, "vocab.json").read_text("utf-8")))
         train = np.memmap(Path(config.data, "train.bin"), "<u2", "r")  # 2-byte integers, read only
         val = np.memmap(Path(config.data, "val.bin"), "<u2", "r")
     else:
-        if config.answers_prompts:
-            text = read_pairs(config.data)  # a list of documents: the cut falls between two of them
-        else:
-            text = read_text(config.data) + END
+        # Pairs are a list of documents, so that the cut falls between two of them.
+        text = read_pairs(config.data) if config.answers_prompts else read_text(config.data) + END
         tokenizer = CharTokenizer(chars or "".join(text))
         cut = int(0.9 * len(text))
         train = tokenizer.encode("".join(text[:cut]))
@@ -157,10 +151,9 @@ def load_data(config, chars=""):
             val = np.tile(val, 1 + config.block_size // max(1, len(val)))
     if chars and tokenizer.chars != chars:
         raise ValueError(f"{config.data}: its vocabulary is not that of the model")
-    shorter = min(len(train), len(val))
-    if shorter <= config.block_size:
-        raise ValueError(f"{config.data or 'the corpus'}: {shorter} characters in a split are no "
-                         f"more than block_size {config.block_size}: lower it or add text")
+    if min(len(train), len(val)) <= config.block_size:
+        raise ValueError(f"{config.data}: splits of {len(train)} and {len(val)} characters must be "
+                         f"longer than block_size {config.block_size}: lower it or add text")
     return {"train": train, "val": val}, tokenizer
 
 
@@ -172,8 +165,7 @@ def get_batch(data, config, starts=None):
     a type (dtype) and a device that holds them. Ids are int64, since embeddings are indexed with
     integers. Types must agree: "expected Long but found Float" means float32 where ids should be.
     data: ids, 1-D. starts: where the blocks begin, (B,) integers; random if None. With T = 2,
-    starts [5, 9] read the places [5, 6, 7] and [9, 10, 11].
-    """
+    starts [5, 9] read the places [5, 6, 7] and [9, 10, 11]."""
     if starts is None:
         starts = torch.randint(len(data) - config.block_size, (config.batch_size,)).numpy()
     places = starts[:, None] + np.arange(config.block_size + 1)  # (B, 1) + (T + 1,) -> (B, T + 1)
@@ -194,10 +186,8 @@ class Head(nn.Module):
     times a key is a score for how well the two fit. The scores become shares, and each character
     takes that mixture of the values. A recurrent network carries the past along step by step; here
     all positions look back at once, which is what GPUs are good at.
-
     q, k, v: (B, H, T, D), all heads in one call; MultiHeadAttention below makes them. The course
-    has a module for each head, with Linear layers of its own: the same numbers, more slowly.
-    """
+    has a module for each head, with Linear layers of its own: the same numbers, more slowly."""
 
     def written_out(self, q, k, v):
         """What forward computes, step by step, for reading and for trying out with print."""
@@ -223,14 +213,20 @@ class Head(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[-2] > 1)
 
 
+class Cache(dict):
+    """What generation keeps: {MultiHeadAttention: (keys, values)} of the characters read so far.
+    Nobody looks ahead, in any layer, so a later character cannot change the key and value of an
+    earlier one. They are computed once: a new character costs 1 position's work, not T's."""
+    length = 0  # how many characters have been read
+
+
 class MultiHeadAttention(nn.Module):
     """Several heads read the same text at the same time, like several readers of one book, each
     with questions of its own. Their findings are joined and mixed. (B, T, C) -> (B, T, C).
 
     An nn.Linear is Wx + b: a matrix product with learned weights W, and a learned bias b. An
     nn.Module finds the parameters inside it, so that the optimizer can be handed all of them,
-    .to(device) moves all of them and state_dict() saves all of them.
-    """
+    .to(device) moves all of them and state_dict() saves all of them."""
 
     def __init__(self, config):
         super().__init__()
@@ -247,8 +243,11 @@ class MultiHeadAttention(nn.Module):
         q = q.view(B, T, H, D).transpose(1, 2)       # (B, T, C) -> (B, T, H, D) -> (B, H, T, D)
         k = k.view(B, T, H, D).transpose(1, 2)
         v = v.view(B, T, H, D).transpose(1, 2)
-        if cache:                                    # in generation only: see Cache
-            k, v = cache.extend(self, k, v)
+        if cache is not None:                        # in generation only
+            if self in cache:                        # old keys and values first, then the new
+                k = torch.cat((cache[self][0], k), dim=2)
+                v = torch.cat((cache[self][1], v), dim=2)
+            cache[self] = (k, v)
         x = self.head(q, k, v)                       # (B, H, T, D)
         x = x.transpose(1, 2).reshape(B, T, C)       # heads side by side again
         return self.dropout(self.proj(x))
@@ -261,8 +260,7 @@ class FeedForward(nn.Sequential):
     ReLU makes negative numbers 0; without it, two linear maps would be no more than one. (Sigmoid
     and tanh bend too, but are flat for large inputs, and learn slowly there.) Dropout turns off
     random activations, the numbers between layers, so that none can rely on another. It does so
-    in training only.
-    """
+    in training only."""
 
     def __init__(self, config):
         super().__init__(nn.Linear(config.n_embd, 4 * config.n_embd), nn.ReLU(),
@@ -277,8 +275,7 @@ class Block(nn.Module):
     variance 1, so that sums keep one scale. Add, then norm is post-norm, as in the course; GPT-2
     took pre-norm, x + sublayer(norm(x)).
     The first Transformer translated: an encoder read one language, and its decoder, with
-    cross-attention to that, wrote the other. This is the decoder alone.
-    """
+    cross-attention to that, wrote the other. This is the decoder alone."""
 
     def __init__(self, config):
         super().__init__()
@@ -292,33 +289,12 @@ class Block(nn.Module):
         return self.norm2(x + self.feedforward(x))
 
 
-class Cache:
-    """The keys and values of the characters that generation has read so far.
-
-    Nobody looks ahead, in any layer, so a later character cannot change the key and value of an
-    earlier one. They are computed once and kept: a new character costs 1 position's work, not T's.
-    """
-
-    def __init__(self):
-        self.keys, self.values = {}, {}  # of each MultiHeadAttention: (B, H, length, D)
-        self.length = 0                  # how many characters have been read
-
-    def extend(self, layer, k, v):
-        """Adds the keys and values of new characters; returns those of all characters."""
-        if layer in self.keys:
-            k = torch.cat((self.keys[layer], k), dim=2)
-            v = torch.cat((self.values[layer], v), dim=2)
-        self.keys[layer], self.values[layer] = k, v
-        return k, v
-
-
 class GPT(nn.Module):
     """Token ids in; out, at each position, a score for each character that could come next.
 
     An embedding is a table with a row of C numbers for each id: what the model knows of that
     character. Attention sees a set without order, so each position has a row as well. All of them
-    start at random and are learned. (The first Transformer computed its positions, with sines.)
-    """
+    start at random and are learned. (The first Transformer computed its positions, with sines.)"""
 
     def __init__(self, config, vocab_size):
         super().__init__()
@@ -345,17 +321,17 @@ class GPT(nn.Module):
         log likelihood: the mean of -ln(share of the character that came). An untrained model
         guesses evenly, 1/V for each, which costs ln V: 4.38 for 80 characters. (Mean squared error
         belongs to regression, where a quantity is to be met.)
-        With a cache, index holds only what follows the characters in it.
-        """
-        start = cache.length if cache else 0
-        end = start + index.shape[1]
+        With a cache, only what it does not hold yet is read, and has logits."""
+        end = index.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} characters do not fit: block_size is {self.config.block_size}")
-        x = self.tokens(index) + self.positions.weight[start:end]  # (B, T, C) + (T, C)
+        start = 0
+        if cache is not None:
+            start = cache.length
+            cache.length = end
+        x = self.tokens(index[:, start:]) + self.positions.weight[start:end]  # (B, T, C) + (T, C)
         for block in self.blocks:
             x = block(x, cache)
-        if cache:
-            cache.length = end
         logits = self.lm_head(self.norm(x))                        # (B, T, V)
         if targets is None:
             return logits, None
@@ -368,30 +344,28 @@ class GPT(nn.Module):
 
         A temperature below 1 makes likely characters likelier (0 always takes the likeliest), one
         above 1 evens them out. top_k allows only the k likeliest. ValueError if they make no sense.
-        The model sees block_size characters. When they are full, the last half moves to the front.
-        Its keys belonged to its old positions, so that half is read again. This happens once in
-        block_size / 2 characters: on average each costs the same, however long the text.
-        """
+        When the block_size characters that the model can see are full, the last half of them moves
+        to the front. Its keys belonged to its old positions, so it is read again, once in
+        block_size / 2 characters: on average each costs the same, however long the text."""
         if not (index.shape[1] and temperature >= 0 and (top_k is None or top_k >= 1)):
             raise ValueError("generation needs a first character, temperature >= 0 and top_k >= 1")
         block_size = self.config.block_size
         index = index[:, -block_size:]                          # crop to what the model can see
-        unread = index                                          # what is not in the cache yet
         cache = Cache()
         for _ in range(max_new_tokens):
-            if cache.length + unread.shape[1] > block_size:
-                unread = index[:, -max(1, block_size // 2):]
+            if index.shape[1] > block_size:
+                index = index[:, -max(1, block_size // 2):]
                 cache = Cache()
-            logits, _ = self(unread, cache=cache)               # (B, T, V)
+            logits, _ = self(index, cache=cache)                # (B, T, V)
             logits = logits[:, -1].float()                      # (B, V): only this guess is new
             logits = logits / max(temperature, 1e-6)
             if top_k:                                           # those below the k-th get share 0
                 likeliest = logits.topk(min(top_k, logits.shape[1])).values
                 logits = logits.masked_fill(logits < likeliest[:, -1:], -math.inf)
             shares = F.softmax(logits, dim=-1)
-            unread = torch.multinomial(shares, 1)               # draw one, (B, 1)
-            index = torch.cat((index, unread), dim=1)[:, -block_size:]
-            yield unread
+            drawn = torch.multinomial(shares, 1)                # (B, 1)
+            index = torch.cat((index, drawn), dim=1)
+            yield drawn
 
     def generate(self, index, max_new_tokens, temperature=1.0, top_k=None):
         """index (B, T) with its continuation, (B, T + max_new_tokens). See stream."""
@@ -413,20 +387,19 @@ def estimate_loss(model, splits, config):
     The batches are spread evenly over the split and the same every time, so that two evaluations
     can be compared. eval() turns dropout off; no_grad() saves work that only learning needs.
     Overfitting is when train falls on while val rises: the model learns by heart. More text, more
-    dropout, a smaller model or fewer steps help; the weights with the lowest val are kept anyway.
-    """
+    dropout, a smaller model or fewer steps help, and the weights with the lowest val are kept."""
     model.eval()
     means = {}
     for name, data in splits.items():
         last = len(data) - config.block_size - 1
         starts = np.linspace(0, last, config.eval_iters * config.batch_size, dtype=np.int64)
-        losses = []
+        total = 0.0
         for batch_starts in np.split(starts, config.eval_iters):
             x, y = get_batch(data, config, batch_starts)
             with autocast(config):
                 logits, loss = model(x, y)
-            losses.append(loss)
-        means[name] = torch.stack(losses).mean().item()
+            total += loss.item()
+        means[name] = total / config.eval_iters
     model.train()
     return means
 
@@ -444,32 +417,25 @@ def make_optimizers(model, config):
 
     Muon (Jordan 2024), an option that a first reading can skip, is for the matrices of the blocks.
     It makes their momentum roughly orthogonal: then a matrix moves about as far in each direction,
-    and none drowns the others. match_rms_adamw lets it use AdamW's learning rate.
-    """
-    matrices, muon_matrices, others = [], [], []
-    for name, parameter in model.named_parameters():
-        if parameter.ndim < 2:
-            others.append(parameter)
-        elif config.optimizer == "muon" and name.startswith("blocks."):
-            muon_matrices.append(parameter)
-        else:
-            matrices.append(parameter)
+    and none drowns the others. match_rms_adamw lets it use AdamW's learning rate."""
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    muon = []
+    if config.optimizer == "muon" and config.n_layer > 0:
+        in_blocks = [p for p in model.blocks.parameters() if p.ndim == 2]
+        muon = [torch.optim.Muon(in_blocks, config.learning_rate, config.weight_decay,
+                                 adjust_lr_fn="match_rms_adamw")]
+        matrices = [model.tokens.weight, model.positions.weight, model.lm_head.weight]
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
-              {"params": others, "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.99), fused=True)]
-    if muon_matrices:
-        optimizers.append(torch.optim.Muon(muon_matrices, config.learning_rate,
-                                           config.weight_decay, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+              {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.99), fused=True)
+    return [adamw, *muon]
 
 
 def learning_rate(step, config):
-    """How far a step of gradient descent goes: too far overshoots, too short crawls.
-
-    It climbs while the optimizer's averages are still guesses, then falls to a tenth (0.55 + 0.45
-    to 0.55 - 0.45), to settle. To find a good one, try a few, a factor of 3 apart, for some hundred
-    steps.
-    """
+    """How far a step of gradient descent goes: too far overshoots, too short crawls. It climbs
+    while the optimizer's averages are still guesses, then falls to a tenth (0.55 + 0.45 to 0.55 -
+    0.45), to settle. To find a good one, try a few, a factor of 3 apart, for some hundred steps."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
     progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
@@ -482,8 +448,7 @@ def training_step(model, optimizers, batches, config, step):
     backward finds the gradients of all weights in one pass, from the loss back to the first layer,
     by the chain rule. batches: [(seed, x, y), ...]. More than one is gradient accumulation: their
     gradients add up before the weights move, the same as one batch too large for memory.
-    Training is nothing but this, max_iters times, each time with fresh batches (see train).
-    """
+    Training is nothing but this, max_iters times, each time with fresh batches (see train)."""
     total = 0.0
     for seed, x, y in batches:
         torch.manual_seed(seed)  # dropout draws from it: a step done again gives the same weights
@@ -508,7 +473,7 @@ def training_step(model, optimizers, batches, config, step):
 # ================================ Part two: the craft ===========================================
 
 ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer")  # what the shapes of weights depend on
-FIXED = ARCHITECTURE + ("optimizer", "seed", "init_from")     # what a run cannot change midway
+FIXED = ("optimizer", "seed", "init_from", "corpus")          # what else a run cannot change midway
 OF_THE_MACHINE = ("out", "device", "dtype", "compile")        # what a checkpoint does not decide
 
 
@@ -551,8 +516,7 @@ def choose_settings(flags):
     for name, value in saved.get("config", {}).items():
         if name in ARCHITECTURE or (path == files.out and name not in OF_THE_MACHINE):
             settings[name] = value
-    settings.update(flags, out=files.out)
-    return Config(**settings)
+    return Config(**{**settings, **flags, "out": files.out})
 
 
 # -------------------------------- checkpoints ---------------------------------------------------
@@ -564,17 +528,17 @@ def save_checkpoint(path, checkpoint):
     for old in Path(path).absolute().parent.glob(f"{Path(path).name}.*.tmp"):
         if Path("/proc/self").exists() and not Path("/proc", old.suffixes[-2][1:]).exists():
             old.unlink(missing_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())  # on the disk, before the old file goes
-        os.replace(temporary, path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
         raise OSError(f"{path}: not saved, and as it was before: {error}")
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def restore(optimizers, states):
@@ -584,7 +548,7 @@ def restore(optimizers, states):
         settings = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": settings})
         for p, averages in optimizer.state.items():
-            # The number of steps, and the averages of gradients and of their squares.
+            # AdamW keeps the number of steps and two averages for each weight, Muon one.
             shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
             if isinstance(optimizer, torch.optim.Muon):
                 shapes = {"momentum_buffer": p.shape}
@@ -597,8 +561,7 @@ def load_checkpoint(path):
 
     A pickle is Python's way to write objects to a file, and reading one can run any code;
     weights_only=True reads nothing but tensors and plain values, so a stranger's file is safe. The
-    weights are tried on a model on the meta device, where tensors have shapes and take no memory.
-    """
+    weights are tried on a model on the meta device, where tensors have shapes but no memory."""
     with open(path, "rb") as file:
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)
@@ -611,8 +574,7 @@ def load_checkpoint(path):
             saved.update(step=int(saved["step"]), losses=dict(saved["losses"]),
                          corpus=str(saved["corpus"]))
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".split("\n")[0][:150]
-            raise ValueError(f"{path}: not a checkpoint of gpt.py, or damaged: {reason}")
+            raise ValueError(f"{path}: not a checkpoint of gpt.py, or damaged: {error!r:.150}")
     return saved
 
 
@@ -651,17 +613,15 @@ def say(line):
 def printable(text):
     """Text for a terminal: control characters, which could move its cursor, become UNK. Soft hyphen
     (00ad), non-joiner (200c) and joiner (200d) stay, since words of some languages need them."""
-    allowed = set("\n\t\u00ad\u200c\u200d")
-    controls = {char for char in text if unicodedata.category(char)[0] == "C"} - allowed
-    return text.translate({ord(char): UNK for char in controls})
+    controls = {char for char in text if unicodedata.category(char).startswith("C")}
+    return text.translate({ord(char): UNK for char in controls - set("\n\t\u00ad\u200c\u200d")})
 
 
 def find_device(name):
     """The device of that name, ready for use; ValueError if this machine has none.
 
     A CPU has few fast cores, a GPU thousands of slow ones, which suits matrix products. CUDA is how
-    NVIDIA's are programmed. .to(device) moves tensors, and those that meet must be on the same one.
-    """
+    NVIDIA's are programmed. .to(device) moves tensors; those that meet must be on the same one."""
     if name not in ("cpu", "cuda", "mps") or not getattr(torch, name).is_available():
         raise ValueError(f"device must be cpu, cuda or mps, and in this machine, not {name!r}")
     if name == "cuda":
@@ -689,29 +649,8 @@ def draw_batches(data, config, step):
     for micro in range(RANK, config.grad_accum, WORLD):
         mixed = np.random.SeedSequence((config.seed, step, micro))  # three numbers become one seed
         seed = int(mixed.generate_state(1, np.uint64)[0])
-        x, y = get_batch(data, config, starts[micro])
-        batches.append((seed, x, y))
+        batches.append((seed, *get_batch(data, config, starts[micro])))
     return batches
-
-
-@contextmanager
-def stop_requests():
-    """A list that fills when Ctrl-C or SIGTERM asks to stop, so that the step under way can be
-    finished and saved. Asked a second time, or under torchrun, it stops at once."""
-    asked = []
-
-    def ask(number, frame):
-        if asked or WORLD > 1:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before_int = signal.signal(signal.SIGINT, ask)  # returns the handler that was there before
-    before_term = signal.signal(signal.SIGTERM, ask)
-    try:
-        yield asked  # the body of the with statement runs here
-    finally:
-        signal.signal(signal.SIGINT, before_int)
-        signal.signal(signal.SIGTERM, before_term)
 
 
 # -------------------------------- a run ---------------------------------------------------------
@@ -720,8 +659,7 @@ class Run:
     """Training under way: the model, its optimizers and what else a checkpoint holds.
 
     Each evaluation saves. A run that is killed loses the steps since then; the same command does
-    them again, and ends with the same weights as if it had never been stopped.
-    """
+    them again, and ends with the same weights as if it had never been stopped."""
 
     def __init__(self, config):
         """Goes on from config.out if it exists, else begins. ValueError if checkpoint, corpus and
@@ -732,17 +670,17 @@ class Run:
             torch.distributed.broadcast_object_list(box, device=torch.device("cpu"))
             config, path, saved = box
         self.config = config
-        resuming = path == config.out
         self.read_corpus(saved.get("chars", ""))
+        resuming = path == config.out
         old = {**saved.get("config", {}), "corpus": saved.get("corpus")}
-        new = {**asdict(self.config), "corpus": self.corpus}
-        names = FIXED + ("corpus",) if resuming else ARCHITECTURE
-        for name in names:
-            if saved and old[name] != new[name]:
+        new = {**asdict(config), "corpus": self.corpus}
+        for name in ARCHITECTURE + FIXED:
+            matters = resuming or name in ARCHITECTURE
+            if saved and matters and old[name] != new[name]:
                 raise ValueError(f"{path} was trained with {name} {old[name]}, not {new[name]}: "
                                  f"leave the flag out or name another --out ({config.data=})")
         self.model, self.optimizers, self.fast = build(config, self.tokenizer.vocab_size)
-        self.step, self.losses, self.best = 0, {}, {}
+        self.step, self.losses, self.best, self.stopping = 0, {}, {}, False
         if resuming:
             self.step, self.losses, self.best = saved["step"], saved["losses"], saved["best"]
             self.model.load_state_dict(saved["model"])
@@ -762,25 +700,24 @@ class Run:
             f"train on, {sizes[1]:,} to validate, vocabulary {self.tokenizer.vocab_size:,}, "
             f"{np.mean(ids == self.tokenizer.unk):.2%} unknown")
         if self.config.answers_prompts:
-            ends = np.flatnonzero(ids == self.tokenizer.end)
-            lengths = np.diff(ends, prepend=-1)  # from one END to the next
+            lengths = np.diff(np.flatnonzero(ids == self.tokenizer.end), prepend=-1)
             say(f"pairs   {np.mean(lengths > self.config.block_size):.1%} longer than block_size: "
                 "the end of such an answer is learned without its question")
 
     def evaluate(self):
         """Once for each step: measures the losses, keeps the best weights, saves, prints a line."""
         if RANK == 0 and self.step not in self.losses:
-            loss = estimate_loss(self.model, self.splits, self.config)
-            self.losses[self.step] = loss
+            losses = estimate_loss(self.model, self.splits, self.config)
+            self.losses[self.step] = losses
             # The answers of held-out pairs are facts that the model was never told. Their loss
             # rises while it learns, so of pairs the latest weights are kept.
             lowest = min(row["val"] for row in self.losses.values())
-            if self.config.answers_prompts or loss["val"] == lowest:
+            if self.config.answers_prompts or losses["val"] == lowest:
                 self.best = copy.deepcopy(self.model.state_dict())
             self.save()
+            train, val = losses.values()
             text = " ".join(self.sample(60).split())
-            line = f"step {self.step:6,d}   train {loss['train']:.4f}   val {loss['val']:.4f}"
-            say(f"{line}   {text}")
+            say(f"step {self.step:6,d}   train {train:.4f}   val {val:.4f}   {text}")
 
     def save(self):
         """Writes the checkpoint; ValueError if training went wrong, so that the last one stays."""
@@ -799,12 +736,19 @@ class Run:
         self.model.train()
         return printable(self.tokenizer.decode(ids.tolist()).replace(END, "\n"))
 
+    def ask_to_stop(self, number, frame):
+        """Ctrl-C and SIGTERM end here: the step under way is finished and saved. Asked a second
+        time, or under torchrun, a run stops at once."""
+        if self.stopping or WORLD > 1:
+            raise KeyboardInterrupt
+        self.stopping = True
+
     def report(self):
         """Prints what came out and how to go on."""
         curve = [row["val"] for row in self.losses.values()]
-        scale = 7 / (max(curve) - min(curve) or 1)
-        spark = "".join("▁▂▃▄▅▆▇█"[round(scale * (loss - min(curve)))] for loss in curve)
-        say(f"losses  last {curve[-1]:.4f}, best {min(curve):.4f}   {spark}")
+        heights = np.interp(curve, (min(curve), max(curve)), (0, 7)).round().astype(int)
+        bars = "".join("▁▂▃▄▅▆▇█"[height] for height in heights)
+        say(f"losses  last {curve[-1]:.4f}, best {min(curve):.4f}   {bars}")
         if self.config.device == "cuda":
             say(f"memory  {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU at most")
         if self.step < self.config.max_iters:
@@ -819,8 +763,7 @@ def train(config):
 
     WORLD > 1 is for several GPUs or machines, and can be skipped: torchrun starts processes that
     all call this, DistributedDataParallel gives each the mean of their gradients, through nccl
-    between GPUs and gloo between CPUs, and process 0 evaluates and saves.
-    """
+    between GPUs and gloo between CPUs, and process 0 evaluates and saves."""
     if config.grad_accum % WORLD:
         raise ValueError(f"grad_accum {config.grad_accum} must be divisible by {WORLD} processes")
     if WORLD > 1:
@@ -835,8 +778,10 @@ def train(config):
         f"at step {run.step:,} of {config.max_iters:,}")
     bar = tqdm(total=config.max_iters, initial=run.step, disable=RANK > 0 or None, unit="char",
                unit_scale=config.batch_size * config.grad_accum * config.block_size)
-    with bar, stop_requests() as asked:
-        while run.step < config.max_iters and not asked:
+    before_int = signal.signal(signal.SIGINT, run.ask_to_stop)  # returns the handler before
+    before_term = signal.signal(signal.SIGTERM, run.ask_to_stop)
+    with bar:
+        while run.step < config.max_iters and not run.stopping:
             if run.step % config.eval_interval == 0:
                 run.evaluate()
             batches = draw_batches(run.splits["train"], config, run.step)
@@ -845,10 +790,12 @@ def train(config):
             bar.update()
             if run.step % 10 == 0 and not bar.disable:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
-        if asked:
+        if run.stopping:
             run.save()
         else:
             run.evaluate()  # which saves as well
+    signal.signal(signal.SIGINT, before_int)
+    signal.signal(signal.SIGTERM, before_term)
     if RANK == 0:
         run.report()
     if WORLD > 1:
@@ -862,12 +809,12 @@ def tune(config):
     splits, tokenizer = load_data(config)
     total = config.batch_size * config.grad_accum
     rates = {}
-    dtypes = ("float32", "bfloat16")
-    for accum, dtype, compiled in itertools.product((1, 2, 4), dtypes, (False, True)):
+    ways = itertools.product((1, 2, 4), ("float32", "bfloat16"), ("--no-compile", "--compile"))
+    for accum, dtype, compiled in ways:
         size = max(1, total // accum)
-        trial = replace(config, batch_size=size, grad_accum=accum, dtype=dtype, compile=compiled)
-        flags = f"--batch_size {size} --grad_accum {accum} --dtype {dtype} "
-        flags += "--compile" if compiled else "--no-compile"
+        flags = f"--batch_size {size} --grad_accum {accum} --dtype {dtype} {compiled}"
+        trial = replace(config, batch_size=size, grad_accum=accum, dtype=dtype,
+                        compile=compiled == "--compile")
         try:
             model, optimizers, fast = build(trial, tokenizer.vocab_size)
             for step in range(6):

@@ -578,13 +578,26 @@ def test_ctrl_c_saves_after_the_step_and_the_same_command_carries_on():
 
 
 def test_sigterm_is_as_ctrl_c_and_the_second_time_stops_at_once():
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), gpt.stop_requests() as asked:
-        signal.raise_signal(signal.SIGTERM)
-        assert len(asked) == 1
-        signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) == before
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    run = gpt.Run(tiny())
+    run.ask_to_stop(signal.SIGTERM, None)
+    assert run.stopping
+    with pytest.raises(KeyboardInterrupt):
+        run.ask_to_stop(signal.SIGINT, None)
+
+
+def test_a_run_takes_both_signals_and_gives_them_back(monkeypatch):
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    during = []
+
+    def look(run):
+        during.extend(signal.getsignal(number).__name__ for number in numbers)
+
+    monkeypatch.setattr(gpt.Run, "evaluate", look)
+    monkeypatch.setattr(gpt.Run, "report", lambda run: None)
+    gpt.train(tiny())
+    assert set(during) == {"ask_to_stop"}
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_a_finished_run_says_so_and_its_file_is_not_touched(capsys):
