@@ -485,7 +485,8 @@ def check(config):
         name, kind, value = field.name, field.type, getattr(config, field.name)
         lowest = 0 if kind is float or name in zero_is_fine else 1
         highest = {"dropout": 0.99, "n_layer": 1000}.get(name, 2**31)
-        if type(value) is not kind and (type(value), kind) != (int, float):  # 0 is fine for 0.0
+        allowed = (int, float) if kind is float else (kind,)  # 1 will do for 1.0
+        if type(value) not in allowed:
             raise ValueError(f"{name} must be {kind.__name__}, not {value!r}")
         if kind in (int, float) and not lowest <= value <= highest:
             raise ValueError(f"{name} must be from {lowest} to {highest}, not {value}")
@@ -526,7 +527,8 @@ def save_checkpoint(path, checkpoint):
     the new one, whole. OSError if it cannot be written."""
     # A save that was killed left a file named after its process, which /proc (Linux) lists no more.
     for old in Path(path).absolute().parent.glob(f"{Path(path).name}.*.tmp"):
-        if Path("/proc/self").exists() and not Path("/proc", old.suffixes[-2][1:]).exists():
+        process = old.name.split(".")[-2]
+        if Path("/proc/self").exists() and not Path("/proc", process).exists():
             old.unlink(missing_ok=True)
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:

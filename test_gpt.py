@@ -519,13 +519,13 @@ def test_each_micro_batch_of_each_step_has_a_seed_of_its_own():
 
 
 def test_two_processes_train_what_one_trains():
-    settings = dict(grad_accum=2, dropout=0.3, max_iters=50, eval_interval=50, learning_rate=3e-3)
+    settings = dict(grad_accum=2, dropout=0.3, max_iters=20, eval_interval=20, learning_rate=3e-3)
     one = train_tiny(**settings, out="one.pkl")["model"]
     words = ["--nproc_per_node=2", str(HERE / "gpt.py"), *flags(**settings, out="two.pkl")]
     process = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words],
                              capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.count("step     50") == 1  # one of them prints
+    assert process.stdout.count("step     20") == 1  # one of them prints
     two = gpt.load_checkpoint("two.pkl")["model"]
     for name in one:
         assert torch.allclose(one[name], two[name], atol=1e-4)
@@ -556,7 +556,7 @@ def test_processes_on_machines_with_disks_of_their_own_resume_from_process_0():
 
 
 def test_ctrl_c_saves_after_the_step_and_the_same_command_carries_on():
-    settings = dict(max_iters=600, eval_interval=300, dropout=0.1)
+    settings = dict(max_iters=300, eval_interval=300, dropout=0.1)
     process = start("gpt.py", flags(**settings))
     for line in process.stdout:
         if line.startswith("step"):
@@ -567,11 +567,11 @@ def test_ctrl_c_saves_after_the_step_and_the_same_command_carries_on():
     assert process.returncode == 0 and not errors
     assert "the same command carries on" in output
     stopped = gpt.load_checkpoint("book.pkl")["step"]
-    assert 0 < stopped < 600
+    assert 0 < stopped < 300
 
     resumed = run("gpt.py", flags(**settings))
 
-    for shown in (f"at step {stopped} of", "step    600", "losses", "▁", "--model book.pkl"):
+    for shown in (f"at step {stopped} of", "step    300", "losses", "▁", "--model book.pkl"):
         assert shown in resumed.stdout
     whole = train_tiny(**settings, out="whole.pkl")
     assert_same(gpt.load_checkpoint("book.pkl")["model"], whole["model"])
@@ -610,7 +610,7 @@ def test_a_finished_run_says_so_and_its_file_is_not_touched(capsys):
 
 
 def test_killed_at_any_instant_the_run_ends_as_if_it_had_not_been():
-    settings = dict(max_iters=120, eval_interval=2, eval_iters=1, dropout=0.1)
+    settings = dict(max_iters=80, eval_interval=2, eval_iters=1, dropout=0.1)
     whole = train_tiny(**settings, out="whole.pkl")
     for _ in range(int(os.environ.get("KILLS", 3))):
         process = start("gpt.py", flags(**settings))
@@ -618,7 +618,7 @@ def test_killed_at_any_instant_the_run_ends_as_if_it_had_not_been():
         time.sleep(random.uniform(0, 1))
         process.kill()
         process.communicate()
-        if Path("book.pkl").exists() and gpt.load_checkpoint("book.pkl")["step"] == 120:
+        if Path("book.pkl").exists() and gpt.load_checkpoint("book.pkl")["step"] == 80:
             Path("book.pkl").unlink()  # it had ended: from the start again
     final = train_tiny(**settings)
     for key in ("model", "optimizer", "losses", "best"):
@@ -650,7 +650,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else():
 
 
 def test_two_runs_at_once_and_the_file_always_loads():
-    words = flags(max_iters=30, eval_interval=1, eval_iters=1)
+    words = flags(max_iters=20, eval_interval=1, eval_iters=1)
     processes = [start("gpt.py", words), start("gpt.py", words)]
     loads = 0
     while processes[0].poll() is None or processes[1].poll() is None:
