@@ -1523,7 +1523,7 @@ def start_of_a_long_preparation():
     """A process of prepare_owt.py that has begun to write."""
     Path("a.tar").write_bytes(tar(owt(["x" * 5_000_000] * 20, per_shard=1)))
     process = start("prepare_owt.py", ["a.tar", "--out", "out"])
-    while not list(Path().glob("out.*.tmp/text")):
+    while not list(Path().glob("out.*.tmp/new/0")):
         assert process.poll() is None
     return process
 
