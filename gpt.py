@@ -782,7 +782,7 @@ def train(config):
                unit_scale=config.batch_size * config.grad_accum * config.block_size)
     before_int = signal.signal(signal.SIGINT, run.ask_to_stop)  # returns the handler before
     before_term = signal.signal(signal.SIGTERM, run.ask_to_stop)
-    with bar:
+    try:
         while run.step < config.max_iters and not run.stopping:
             if run.step % config.eval_interval == 0:
                 run.evaluate()
@@ -796,8 +796,10 @@ def train(config):
             run.save()
         else:
             run.evaluate()  # which saves as well
-    signal.signal(signal.SIGINT, before_int)
-    signal.signal(signal.SIGTERM, before_term)
+    finally:
+        bar.close()
+        signal.signal(signal.SIGINT, before_int)
+        signal.signal(signal.SIGTERM, before_term)
     if RANK == 0:
         run.report()
     if WORLD > 1:

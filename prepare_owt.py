@@ -7,11 +7,13 @@ OpenWebText is a tar of 20,610 shards, 40 GB of text; a shard is a tar, compress
 .txt a document. Memory does not hold it, so a first pass writes files of text, shard by shard, and
 counts characters. Then the vocabulary is known, and a second pass turns the text into ids.
 """
-import io, json, lzma, os, random, shlex, signal, sys, tarfile
+import io, json, lzma, multiprocessing, os, random, shlex, signal, sys, tarfile
 from collections import Counter
-from multiprocessing import Pool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 
 import numpy as np
 from tqdm import tqdm
@@ -84,6 +86,15 @@ def jobs(files, folder, flags, bar):
     yield folder / str(number), job
 
 
+def start_worker():
+    """A worker leaves Ctrl-C to its parent, and ends when that is gone, even if it was killed."""
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=end_with_parent, daemon=True).start()
+
+
 def write_text(job):
     """First pass, in a worker: a job -> (file of text, {character: how often it occurs})."""
     path, found = job
@@ -115,11 +126,12 @@ def prepare(files, folder, flags):
     parts = []  # (file of text, where its ids begin)
     counts = Counter()
     bar = tqdm(total=sum(f.stat().st_size for f in files), unit="B", unit_scale=True, disable=None)
-    # Workers leave Ctrl-C to this process. They end when it does, even if it is killed.
-    with bar, Pool(flags.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
-        for path, found in pool.imap(write_text, jobs(files, folder, flags, bar)):
-            parts.append((path, counts.total()))
-            counts.update(found)
+    with bar, ProcessPoolExecutor(flags.workers, initializer=start_worker) as pool:
+        waiting = jobs(files, folder, flags, bar)
+        while group := list(islice(waiting, 32 * flags.workers)):  # memory does not hold all jobs
+            for path, found in pool.map(write_text, group):
+                parts.append((path, counts.total()))
+                counts.update(found)
             bar.set_postfix_str(f"{counts[END]:,} documents, {counts.total():,} characters")
         if counts[END] == 0:
             raise ValueError("no documents in " + " ".join(map(str, flags.sources)))
@@ -127,7 +139,7 @@ def prepare(files, folder, flags):
         if tokenizer.vocab_size > 2**16:
             raise ValueError(f"{tokenizer.vocab_size:,} characters are too many: raise --min_count")
         (folder / "train.bin").touch()
-        pool.map(write_ids, [(path, start, tokenizer.chars) for path, start in parts])
+        list(pool.map(write_ids, [(path, start, tokenizer.chars) for path, start in parts]))
     ids = np.memmap(folder / "train.bin", "<u2", "r")
     cut = int((1 - flags.val_fraction) * len(ids))  # where load_data cuts a single text
     if counts[END] > 1:  # back to the end of a document, or else to that of the first
@@ -178,7 +190,7 @@ def main(argv=None):
             if flags.out.exists():
                 flags.out.rename(Path(folder, "old"))
             new.rename(flags.out)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, BrokenExecutor) as error:  # broken: a worker was killed
         parser.error(error)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -3,7 +3,7 @@
 A test is a claim, its name, and the proof. The models are tiny, so that each takes a second or two.
 """
 import copy, io, json, lzma, math, os, pickle, pty, random, re, resource, select, signal
-import subprocess, sys, tarfile, time, tracemalloc
+import socket, subprocess, sys, tarfile, time, tracemalloc
 from contextlib import redirect_stderr
 from pathlib import Path
 from unittest.mock import Mock
@@ -25,13 +25,21 @@ TINY = dict(data="book.txt", batch_size=4, block_size=8, n_embd=16, n_head=2, n_
 PAIRS = {"the cat": "sat", "a dog": "ran", "on a mat": "the dog", "é": "cat"}  # no "é" in TEXT
 
 
+def too_long(number, frame):
+    raise TimeoutError("this test took more than three minutes")
+
+
 @pytest.fixture(autouse=True)
 def a_folder_of_its_own(tmp_path, monkeypatch):
-    """Each test runs in an empty folder with a book, and with Ctrl-C as in a terminal."""
+    """Each test runs in an empty folder with a book, with Ctrl-C as in a terminal, and fails after
+    three minutes."""
     monkeypatch.chdir(tmp_path)
     Path("book.txt").write_text(TEXT, encoding="utf-8")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(180)
     yield
+    signal.alarm(0)
     signal.signal(signal.SIGINT, before)
 
 
@@ -521,9 +529,9 @@ def test_each_micro_batch_of_each_step_has_a_seed_of_its_own():
 def test_two_processes_train_what_one_trains():
     settings = dict(grad_accum=2, dropout=0.3, max_iters=20, eval_interval=20, learning_rate=3e-3)
     one = train_tiny(**settings, out="one.pkl")["model"]
-    words = ["--nproc_per_node=2", str(HERE / "gpt.py"), *flags(**settings, out="two.pkl")]
-    process = subprocess.run([sys.executable, "-m", "torch.distributed.run", *words],
-                             capture_output=True, text=True, timeout=120)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = [sys.executable, *torchrun, HERE / "gpt.py", *flags(**settings, out="two.pkl")]
+    process = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("step     20") == 1  # one of them prints
     two = gpt.load_checkpoint("two.pkl")["model"]
@@ -534,14 +542,16 @@ def test_two_processes_train_what_one_trains():
 def test_processes_on_machines_with_disks_of_their_own_resume_from_process_0():
     gpt.train(tiny(grad_accum=2))
     checkpoint = Path("book.pkl").read_bytes()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])  # one that nobody uses
     processes = []
     for rank in ("0", "1"):
         machine = Path(f"machine{rank}")
         machine.mkdir()
         (machine / "book.txt").write_text(TEXT)
         env = dict(os.environ, RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                   MASTER_PORT="29517")
-        words = [*flags(grad_accum=2, max_iters=12)]
+                   MASTER_PORT=port)
+        words = flags(grad_accum=2, max_iters=12)
         processes.append(subprocess.Popen([sys.executable, HERE / "gpt.py", *words], cwd=machine,
                                           env=env, stdout=subprocess.PIPE, text=True))
         if rank == "0":
@@ -1549,6 +1559,7 @@ def test_when_a_preparation_is_killed_its_workers_end_too():
     process = start_of_a_long_preparation()
     workers = []
     while not workers:
+        assert process.poll() is None
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     process.kill()
     process.wait()
