@@ -21,69 +21,51 @@ from tqdm import tqdm
 from gpt import END, UNK, CharTokenizer, Parser, clean
 
 
-def contents(name, file):
-    """Yields (name, content) of an open .txt: its text in pieces, then END; of an .xz: its bytes;
-    of a .tar or .tar.xz: what is in its .txt and .xz. ValueError if it is damaged. Nothing is
-    extracted, so no link and no name in a tar can write anywhere."""
-    if name.endswith(".txt"):
-        text = io.TextIOWrapper(file, "utf-8-sig", "replace", newline="")
-        while piece := text.read(2**20):
-            if piece.endswith("\r"):  # clean must see \r\n as a whole
-                piece += text.read(1)
-            yield name, clean(piece)
-        if file.tell() > 0:
-            yield name, END
-    elif not name.endswith((".tar", ".tar.xz")):
-        yield name, file.read()
-    else:
-        place = "its start"
-        try:
-            tar = lzma.open(file) if name.endswith(".xz") else file
-            archive = tarfile.open(fileobj=tar, mode="r:")
+def contents(name, file, unpack):
+    """Yields (name, content) of an open .txt: its text in pieces, then END; of a .tar or .tar.xz:
+    what is in its .txt and .xz; of an .xz: its bytes, or with unpack, what is in it. ValueError if
+    it is damaged. Nothing is extracted, so no link and no name in a tar can write anywhere."""
+    place = name
+    try:
+        if name.endswith(".txt"):
+            while data := file.read(2**20) + file.readline():  # lines stay whole
+                yield name, clean(data.decode("utf-8-sig", "replace"))
+            if file.tell() > 0:
+                yield name, END
+        elif name.endswith((".tar", ".tar.xz")):
+            if name.endswith(".xz"):
+                file = lzma.open(file)
+            archive = tarfile.open(fileobj=file, mode="r:")
             while member := archive.next():
                 archive.members.clear()  # tarfile would remember all of them
-                place = member.name
+                place = f"{name}: {member.name}"
                 if member.isreg() and place.endswith((".txt", ".xz")):
-                    yield from contents(f"{name}: {place}", archive.extractfile(member))
+                    yield from contents(place, archive.extractfile(member), unpack)
             # Two blocks of zeros end a tar, but tarfile also stops where a header is damaged.
-            if tar.read(512) != bytes(512):
+            if file.read(512) != bytes(512):
                 raise EOFError("the end is missing")
-            tar.read()  # only at its end is an .xz known to be whole
-        except (tarfile.TarError, lzma.LZMAError, EOFError, ValueError) as error:
-            raise ValueError(f"{name}: damaged in or after {place}: {error}") from None
-
-
-def read(name, content):
-    """What contents yields -> str: itself if it is text, all texts in it if it is an .xz."""
-    if name.endswith(".txt"):
-        return content
-    try:
-        content = lzma.decompress(content)
-    except lzma.LZMAError as error:
-        raise ValueError(f"{name}: damaged: {error}") from None
-    name += ".tar" if b"\0" in content[:512] else ".txt"  # zeros fill the first block of a tar
-    return "".join(read(*inside) for inside in contents(name, io.BytesIO(content)))
+            file.read()  # only at its end is an .xz known to be whole
+        elif unpack:
+            data = lzma.decompress(file.read())
+            kind = ".tar" if b"\0" in data[:512] else ".txt"  # zeros fill a tar's first block
+            yield from contents(name + kind, io.BytesIO(data), unpack)
+        else:
+            yield name, file.read()
+    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"{place}: damaged here or after it: {error}") from None
 
 
 def jobs(files, folder, flags, bar):
-    """Yields (file to write, [(name, content), ...] to write there): a shard, or many texts."""
-    job = []
-    size = 0
+    """Yields (file to write, name, content) for each shard, and each piece of a text."""
     number = 0
     for path in files:
         before = bar.n
         with open(path, "rb") as file:
-            for name, content in contents(str(path), file):
+            for name, content in contents(str(path), file, unpack=False):
                 bar.update(before + file.tell() - bar.n)
                 if random.Random(f"{flags.seed} {name}").random() < flags.sample:
-                    job.append((name, content))
-                    size += len(content)
-                if size > 2**18:
-                    yield folder / str(number), job
-                    job = []
-                    size = 0
+                    yield folder / str(number), name, content
                     number += 1
-    yield folder / str(number), job
 
 
 def start_worker():
@@ -97,15 +79,16 @@ def start_worker():
 
 def write_text(job):
     """First pass, in a worker: a job -> (file of text, {character: how often it occurs})."""
-    path, found = job
-    text = "".join(read(*content) for content in found)
-    path.write_bytes(text.encode())
+    path, name, content = job
+    if isinstance(content, bytes):
+        content = "".join(text for _, text in contents(name, io.BytesIO(content), unpack=True))
+    path.write_bytes(content.encode())
     counts = Counter()
-    for start in range(0, len(text), 2**16):  # little at a time, which a processor's cache holds
-        codes = np.frombuffer(text[start : start + 2**16].encode("utf-32-le"), "<u4")
-        here = np.bincount(codes)
-        for code in np.flatnonzero(here):
-            counts[chr(code)] += int(here[code])
+    for start in range(0, len(content), 2**16):  # little at a time, which a processor's cache holds
+        piece = content[start : start + 2**16]
+        found = np.bincount(np.frombuffer(piece.encode("utf-32-le"), "<u4"))
+        for code in np.flatnonzero(found):
+            counts[chr(code)] += int(found[code])
     return path, counts
 
 
@@ -141,13 +124,13 @@ def prepare(files, folder, flags):
         (folder / "train.bin").touch()
         list(pool.map(write_ids, [(path, start, tokenizer.chars) for path, start in parts]))
     ids = np.memmap(folder / "train.bin", "<u2", "r")
-    cut = int((1 - flags.val_fraction) * len(ids))  # where load_data cuts a single text
-    if counts[END] > 1:  # back to the end of a document, or else to that of the first
-        while cut > 0 and ids[cut - 1] != tokenizer.end:
-            cut -= 1
-        cut = cut or int(np.argmax(ids == tokenizer.end)) + 1
+    cut = int((1 - flags.val_fraction) * len(ids))  # where load_data cuts a text
+    before = ids[max(0, cut - 2**24) : cut]
+    ends = np.flatnonzero(before == tokenizer.end)
+    if len(ends) > 0:  # back to the end of a document, if one ends in these 16 million characters
+        cut -= len(before) - 1 - int(ends[-1])
     ids[cut:].tofile(folder / "val.bin")
-    del ids  # Windows shortens no file that is mapped
+    del ids, before  # Windows shortens no file that is mapped
     os.truncate(folder / "train.bin", 2 * cut)
     known = sum(counts[char] for char in tokenizer.chars if char != UNK)
     corpus = dict(documents=counts[END], characters=counts.total() - counts[END],
@@ -172,13 +155,11 @@ def main(argv=None):
     try:
         if not (0 < flags.sample <= 1 and 0 < flags.val_fraction < 1):
             raise ValueError("--sample and --val_fraction must be above 0 and at most 1")
-        if flags.workers < 1 or flags.min_count < 1:
-            raise ValueError("--workers and --min_count must be at least 1")
         for source in flags.sources:
-            found = sorted(source.iterdir()) if source.is_dir() else [source]
-            files += [path for path in found if path.suffix in (".tar", ".xz", ".txt")]
-            if not source.is_dir() and source not in files:
-                raise ValueError(f"{source}: no .tar, .tar.xz, .xz or .txt, nor a folder of them")
+            if source.is_dir():
+                files += sorted(p for p in source.iterdir() if p.suffix in (".tar", ".xz", ".txt"))
+            else:
+                files.append(source)
         ours = {"train.bin", "val.bin", "vocab.json", "corpus.json"}
         if flags.out.exists() and {path.name for path in flags.out.iterdir()} - ours:
             raise ValueError(f"{flags.out}: holds other files; name a folder of its own with --out")
