@@ -74,8 +74,9 @@ class CharTokenizer:
     the reverse, and subwords (as in GPT-2) are the compromise. The course has two dictionaries:
         char_to_id = {char: id for id, char in enumerate(chars)}
         id_to_char = {id: char for id, char in enumerate(chars)}
-    Two arrays hold the same here, and look up a whole text at once. Their "code" is the number that
-    Unicode gives a character (ord); UTF-32 writes a text as these numbers, four bytes each.
+    Two arrays hold the same here, and look up a whole text at once. A character's code is the
+    number that Unicode gives it (ord); UTF-32 writes a text as these numbers, four bytes each, and
+    surrogatepass lets through the few that are no characters.
     chars: any iterable of characters; END and UNK are added."""
 
     def __init__(self, chars):
@@ -140,7 +141,8 @@ def load_data(config, chars=""):
         train = np.memmap(Path(config.data, "train.bin"), "<u2", "r")  # 2-byte integers, read only
         val = np.memmap(Path(config.data, "val.bin"), "<u2", "r")
     else:
-        # Pairs are a list of documents, so that the cut falls between two of them.
+        # Pairs are a list of documents, so that the cut falls between two of them. A slice of it
+        # is joined to one text; a slice of a text is joined to itself.
         text = read_pairs(config.data) if config.answers_prompts else read_text(config.data) + END
         tokenizer = CharTokenizer(chars or "".join(text))
         cut = int(0.9 * len(text))
@@ -169,8 +171,8 @@ def get_batch(data, config, starts=None):
     if starts is None:
         starts = torch.randint(len(data) - config.block_size, (config.batch_size,)).numpy()
     places = starts[:, None] + np.arange(config.block_size + 1)  # (B, 1) + (T + 1,) -> (B, T + 1)
-    blocks = torch.from_numpy(data[places].astype(np.int64))
-    if config.device == "cuda":  # pinned memory stays in place: a GPU fetches from it by itself
+    blocks = torch.from_numpy(data[places].astype(np.int64))  # an id for each place: (B, T + 1)
+    if config.device == "cuda":  # pinned memory stays in place: a GPU copies from it by itself
         blocks = blocks.pin_memory()
     blocks = blocks.to(config.device, non_blocking=config.device == "cuda")
     return blocks[:, :-1], blocks[:, 1:]
@@ -208,8 +210,9 @@ class Head(nn.Module):
 
     def forward(self, q, k, v):
         # The same in one call, which never stores the T x T scores. It needs the mask (is_causal)
-        # unless there is one query only: generation's newest character may see every key. The
-        # course has dropout on the shares too: it gained nothing here, and makes a CPU slower.
+        # unless there is one query only: generation's newest character may see every key (see
+        # GPT.stream). The course has dropout on the shares too: it gained nothing here, and makes
+        # a CPU slower.
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[-2] > 1)
 
 
@@ -344,9 +347,9 @@ class GPT(nn.Module):
 
         A temperature below 1 makes likely characters likelier (0 always takes the likeliest), one
         above 1 evens them out. top_k allows only the k likeliest. ValueError if they make no sense.
-        When the block_size characters that the model can see are full, the last half of them moves
-        to the front. Its keys belonged to its old positions, so it is read again, once in
-        block_size / 2 characters: on average each costs the same, however long the text."""
+        The model can see block_size characters. When they are full, say 8, the last 4 move to the
+        front. The cache held them at their old positions, so it is emptied, and the 4 are read
+        again; then there is room for 4 more. On average each costs the same, at any length."""
         if not (index.shape[1] and temperature >= 0 and (top_k is None or top_k >= 1)):
             raise ValueError("generation needs a first character, temperature >= 0 and top_k >= 1")
         block_size = self.config.block_size
@@ -411,9 +414,10 @@ def make_optimizers(model, config):
     moves it the other way. Adam (Kingma and Ba 2014) keeps two running averages for each weight:
     that of its gradients (momentum), which evens out their noise, and that of their squares (as in
     RMSprop). A step is average / sqrt(average of squares), so that all weights move at a similar
-    pace. betas: how much of an average stays at each step, so that they reach back about 10 and 100
-    steps. fused: one call moves all weights. The W (Loshchilov and Hutter 2017) is weight decay:
-    each step also shrinks matrices a little, since large weights are the way to learn by heart.
+    pace. betas: how much of an average stays at each step: they reach back about 1 / (1 - beta)
+    steps, 10 and 100. fused: one call moves all weights. The W (Loshchilov and Hutter 2017) is
+    weight decay: each step also shrinks matrices a little, since large weights are the way to learn
+    by heart.
 
     Muon (Jordan 2024), an option that a first reading can skip, is for the matrices of the blocks.
     It makes their momentum roughly orthogonal: then a matrix moves about as far in each direction,
@@ -434,8 +438,9 @@ def make_optimizers(model, config):
 
 def learning_rate(step, config):
     """How far a step of gradient descent goes: too far overshoots, too short crawls. It climbs
-    while the optimizer's averages are still guesses, then falls to a tenth (0.55 + 0.45 to 0.55 -
-    0.45), to settle. To find a good one, try a few, a factor of 3 apart, for some hundred steps."""
+    while the optimizer's averages are still guesses, then falls to a tenth, to settle: the cosine
+    goes from 1 to -1, so the factor goes from 0.55 + 0.45 to 0.55 - 0.45. To find a good one, try a
+    few, a factor of 3 apart, for some hundred steps."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
     progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
@@ -451,13 +456,14 @@ def training_step(model, optimizers, batches, config, step):
     Training is nothing but this, max_iters times, each time with fresh batches (see train)."""
     total = 0.0
     for seed, x, y in batches:
-        torch.manual_seed(seed)  # dropout draws from it: a step done again gives the same weights
+        torch.manual_seed(seed)  # dropout draws from it; a step done again after a stop is the same
         with autocast(config):
             logits, loss = model(x, y)
         loss = loss / len(batches)  # so that their sum is the mean
         loss.backward()
         total += loss.detach()  # the number alone, without what backward needs
-    # One odd batch must not throw the weights far: gradients that are too long are shortened.
+    # One odd batch must not throw the weights far: gradients that are too long are shortened (if
+    # grad_clip is 0, none are).
     nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -548,7 +554,7 @@ def restore(optimizers, states):
     may hold smaller ones, and PyTorch's fused AdamW would write past their end: RuntimeError."""
     for optimizer, state in zip(optimizers, states, strict=True):
         settings = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": settings})
+        optimizer.load_state_dict({"state": state, "param_groups": settings})  # theirs, and ours
         for p, averages in optimizer.state.items():
             # AdamW keeps the number of steps and two averages for each weight, Muon one.
             shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
@@ -570,8 +576,8 @@ def load_checkpoint(path):
             with torch.device("meta"):
                 config = Config(**saved["config"])
                 model = GPT(config, CharTokenizer(saved["chars"]).vocab_size)
-            for weights in (saved["best"], saved["model"]):
-                model.load_state_dict(dict(weights), assign=True)  # the same names and shapes?
+            for weights in (saved["best"], saved["model"]):  # a trial: do names and shapes fit?
+                model.load_state_dict(dict(weights), assign=True)
             restore(make_optimizers(model, config), saved["optimizer"])
             saved.update(step=int(saved["step"]), losses=dict(saved["losses"]),
                          corpus=str(saved["corpus"]))
@@ -670,7 +676,7 @@ class Run:
         if WORLD > 1:  # all take what process 0 has, so that only its machine needs the checkpoint
             box = [config, path, saved]
             torch.distributed.broadcast_object_list(box, device=torch.device("cpu"))
-            config, path, saved = box
+            config, path, saved = box  # what process 0 had in its box
         self.config = config
         self.read_corpus(saved.get("chars", ""))
         resuming = path == config.out
@@ -702,12 +708,14 @@ class Run:
             f"train on, {sizes[1]:,} to validate, vocabulary {self.tokenizer.vocab_size:,}, "
             f"{np.mean(ids == self.tokenizer.unk):.2%} unknown")
         if self.config.answers_prompts:
-            lengths = np.diff(np.flatnonzero(ids == self.tokenizer.end), prepend=-1)
+            ends = np.flatnonzero(ids == self.tokenizer.end)
+            lengths = np.diff(ends, prepend=-1)  # from each END to the next
             say(f"pairs   {np.mean(lengths > self.config.block_size):.1%} longer than block_size: "
                 "the end of such an answer is learned without its question")
 
     def evaluate(self):
-        """Once for each step: measures the losses, keeps the best weights, saves, prints a line."""
+        """Measures the losses, keeps the best weights, saves and prints a line, unless this step
+        has been measured already."""
         if RANK == 0 and self.step not in self.losses:
             losses = estimate_loss(self.model, self.splits, self.config)
             self.losses[self.step] = losses
@@ -739,8 +747,8 @@ class Run:
         return printable(self.tokenizer.decode(ids.tolist()).replace(END, "\n"))
 
     def ask_to_stop(self, number, frame):
-        """Ctrl-C and SIGTERM end here: the step under way is finished and saved. Asked a second
-        time, or under torchrun, a run stops at once."""
+        """Python calls this at Ctrl-C and SIGTERM: the step under way is finished and saved. Asked
+        a second time, or under torchrun, a run stops at once."""
         if self.stopping or WORLD > 1:
             raise KeyboardInterrupt
         self.stopping = True
@@ -780,7 +788,7 @@ def train(config):
         f"at step {run.step:,} of {config.max_iters:,}")
     bar = tqdm(total=config.max_iters, initial=run.step, disable=RANK > 0 or None, unit="char",
                unit_scale=config.batch_size * config.grad_accum * config.block_size)
-    before_int = signal.signal(signal.SIGINT, run.ask_to_stop)  # returns the handler before
+    before_int = signal.signal(signal.SIGINT, run.ask_to_stop)  # returns the one before
     before_term = signal.signal(signal.SIGTERM, run.ask_to_stop)
     try:
         while run.step < config.max_iters and not run.stopping:
@@ -825,7 +833,7 @@ def tune(config):
                 if step == 2:  # the first two warm up, four are timed
                     start = time.perf_counter()
                 batches = draw_batches(splits["train"], trial, step)
-                # item waits until a GPU is done; a GPU still works when a call returns.
+                # A GPU is still busy when a call returns; item waits until it is done.
                 training_step(fast, optimizers, batches, trial, step).item()
             rates[flags] = 4 * total * config.block_size / (time.perf_counter() - start)
             print(f"{rates[flags]:12,.0f} characters a second   {flags}")

@@ -22,13 +22,15 @@ from gpt import END, UNK, CharTokenizer, Parser, clean
 
 
 def contents(name, file, unpack):
-    """Yields (name, content) of an open .txt: its text in pieces, then END; of a .tar or .tar.xz:
-    what is in its .txt and .xz; of an .xz: its bytes, or with unpack, what is in it. ValueError if
-    it is damaged. Nothing is extracted, so no link and no name in a tar can write anywhere."""
+    """Yields (name, content) for each part of an open file. A .txt gives pieces of text, then END.
+    A .tar or .tar.xz gives what its .txt and .xz give. An .xz gives its bytes, for a worker, and
+    there, with unpack, what is in it. ValueError if it is damaged. Nothing is extracted, so no link
+    and no name in a tar can write anywhere."""
     place = name
     try:
         if name.endswith(".txt"):
-            while data := file.read(2**20) + file.readline():  # lines stay whole
+            # A megabyte and the rest of its last line: no character and no \r\n is cut in two.
+            while data := file.read(2**20) + file.readline():
                 yield name, clean(data.decode("utf-8-sig", "replace"))
             if file.tell() > 0:
                 yield name, END
@@ -41,7 +43,8 @@ def contents(name, file, unpack):
                 place = f"{name}: {member.name}"
                 if member.isreg() and place.endswith((".txt", ".xz")):
                     yield from contents(place, archive.extractfile(member), unpack)
-            # Two blocks of zeros end a tar, but tarfile also stops where a header is damaged.
+            # Two blocks of zeros end a tar, and tarfile has read one. It also stops where a header
+            # is damaged.
             if file.read(512) != bytes(512):
                 raise EOFError("the end is missing")
             file.read()  # only at its end is an .xz known to be whole
@@ -62,7 +65,7 @@ def jobs(files, folder, flags, bar):
         before = bar.n
         with open(path, "rb") as file:
             for name, content in contents(str(path), file, unpack=False):
-                bar.update(before + file.tell() - bar.n)
+                bar.update(before + file.tell() - bar.n)  # to where this file has been read
                 if random.Random(f"{flags.seed} {name}").random() < flags.sample:
                     yield folder / str(number), name, content
                     number += 1
@@ -110,8 +113,8 @@ def prepare(files, folder, flags):
     counts = Counter()
     bar = tqdm(total=sum(f.stat().st_size for f in files), unit="B", unit_scale=True, disable=None)
     with bar, ProcessPoolExecutor(flags.workers, initializer=start_worker) as pool:
-        waiting = jobs(files, folder, flags, bar)
-        while group := list(islice(waiting, 32 * flags.workers)):  # memory does not hold all jobs
+        waiting = jobs(files, folder, flags, bar)  # a generator: memory does not hold all jobs
+        while group := list(islice(waiting, 32 * flags.workers)):
             for path, found in pool.map(write_text, group):
                 parts.append((path, counts.total()))
                 counts.update(found)
@@ -127,8 +130,8 @@ def prepare(files, folder, flags):
     cut = int((1 - flags.val_fraction) * len(ids))  # where load_data cuts a text
     before = ids[max(0, cut - 2**24) : cut]
     ends = np.flatnonzero(before == tokenizer.end)
-    if len(ends) > 0:  # back to the end of a document, if one ends in these 16 million characters
-        cut -= len(before) - 1 - int(ends[-1])
+    if len(ends) > 0:  # a document ends in the 16 million characters before: better cut there
+        cut += int(ends[-1]) + 1 - len(before)
     ids[cut:].tofile(folder / "val.bin")
     del ids, before  # Windows shortens no file that is mapped
     os.truncate(folder / "train.bin", 2 * cut)
