@@ -19,13 +19,14 @@ class Chat:
     def __init__(self, model, tokenizer, config, **options):
         self.model, self.tokenizer = model, tokenizer
         self.config, self.options = config, options
+        self.answers = config.data.endswith(".jsonl")  # it was trained on prompts and answers
         self.context = []  # token ids
 
     def answer(self, prompt):
         """Yields the characters that follow prompt, fit for a terminal. The context grows by both.
         A model trained on pairs reads what it read in training (END, prompt, line end) and answers
         until END. Any other model continues the text as typed."""
-        if self.config.answers_prompts:
+        if self.answers:
             self.context.append(self.tokenizer.end)
             prompt += "\n"
         ids = self.tokenizer.encode(prompt).tolist()
@@ -38,7 +39,7 @@ class Chat:
         index = torch.tensor([self.context], device=self.config.device)
         for token in self.model.stream(index, **self.options):
             token = token.item()
-            if self.config.answers_prompts and token == self.tokenizer.end:
+            if self.answers and token == self.tokenizer.end:
                 return
             self.context.append(token)
             yield gpt.printable(self.tokenizer.decode([token]).replace(gpt.END, "\n"))
@@ -76,8 +77,8 @@ def talk(chat, stats):
             chat.context = []
         elif line == "/help":
             print("/clear forgets, /quit or Ctrl-D leaves, Ctrl-C stops an answer", file=sys.stderr)
-        elif line or not chat.config.answers_prompts:  # with an empty line, a base model goes on
-            if not terminal and not chat.config.answers_prompts:
+        elif line or not chat.answers:  # with an empty line, a base model goes on
+            if not terminal and not chat.answers:
                 print(gpt.printable(line), end="")  # a terminal shows what is typed
             chat.show(line, stats)
 
@@ -140,11 +141,11 @@ def main(argv=None):
         chat = Chat(model, tokenizer, config, max_new_tokens=flags.max_new_tokens,
                     temperature=flags.temperature, top_k=flags.top_k or None)
         if flags.prompt is None:
-            does = "answers" if config.answers_prompts else "continues your text"
+            does = "answers" if chat.answers else "continues your text"
             print(f"{flags.model} {does}; /help", file=sys.stderr)
             talk(chat, flags.stats)
         else:
-            print(gpt.printable(flags.prompt), end="\n" if config.answers_prompts else "")
+            print(gpt.printable(flags.prompt), end="\n" if chat.answers else "")
             chat.show(flags.prompt, flags.stats)
     except FileNotFoundError:
         parser.error(f"{flags.model}: no such model; python gpt.py makes one")

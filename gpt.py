@@ -12,8 +12,8 @@ and makes it fast; skip it on a first reading. Letters in comments are sizes:
     T  time: characters in each text            D  head size, C / H
     C  channels: numbers for each character     V  vocabulary: different characters
 """
-import argparse, copy, hashlib, importlib.util, inspect, itertools, json, math, os, shlex, signal
-import sys, time, unicodedata
+import argparse, copy, importlib.util, inspect, itertools, json, math, os, shlex, signal, sys
+import threading, time, unicodedata, zlib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -54,11 +54,6 @@ class Config:
 
     def __post_init__(self):
         check(self)  # in part two: ValueError names a setting that makes no sense
-
-    @property
-    def answers_prompts(self):
-        """Whether the model is trained on pairs of prompt and answer."""
-        return self.data.endswith(".jsonl")
 
 
 # -------------------------------- tokenizer and data --------------------------------------------
@@ -115,7 +110,7 @@ def read_text(path):
 
 
 def read_pairs(path):
-    """A .jsonl of {"prompt": ..., "completion": ...} lines -> a list with a document for each.
+    """A .jsonl of {"prompt": ..., "completion": ...} lines -> str, a document for each line.
     ValueError names a line that is something else."""
     documents = []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
@@ -124,7 +119,7 @@ def read_pairs(path):
             documents.append(clean(pair["prompt"] + "\n" + pair["completion"]) + END)
         except (ValueError, TypeError, KeyError):
             raise ValueError(f'{path}, line {number}: not {{"prompt": "...", "completion": "..."}}')
-    return documents
+    return "".join(documents)
 
 
 def load_data(config, chars=""):
@@ -136,21 +131,22 @@ def load_data(config, chars=""):
     from its file only what is used (in pages of 4 KiB).
     chars: the vocabulary of a model whose training goes on. ids: 1-D uint16, an array or a memmap.
     ValueError if the corpus is too short or damaged, OSError if it cannot be read."""
+    pairs = config.data.endswith(".jsonl")
     if os.path.isdir(config.data):
         tokenizer = CharTokenizer(json.loads(Path(config.data, "vocab.json").read_text("utf-8")))
         train = np.memmap(Path(config.data, "train.bin"), "<u2", "r")  # 2-byte integers, read only
         val = np.memmap(Path(config.data, "val.bin"), "<u2", "r")
     else:
-        # Pairs are a list of documents, so that the cut falls between two of them. A slice of it
-        # is joined to one text; a slice of a text is joined to itself.
-        text = read_pairs(config.data) if config.answers_prompts else read_text(config.data) + END
-        tokenizer = CharTokenizer(chars or "".join(text))
+        text = read_pairs(config.data) if pairs else read_text(config.data) + END
         cut = int(0.9 * len(text))
-        train = tokenizer.encode("".join(text[:cut]))
-        val = tokenizer.encode("".join(text[cut:]))
-        if config.answers_prompts:  # a few pairs are a fair corpus: repeat them until a block fits
-            train = np.tile(train, 1 + config.block_size // max(1, len(train)))
-            val = np.tile(val, 1 + config.block_size // max(1, len(val)))
+        if pairs:
+            cut = text.rfind(END, 0, cut) + 1  # back to where a pair ends
+        tokenizer = CharTokenizer(chars or text)
+        train = tokenizer.encode(text[:cut])
+        val = tokenizer.encode(text[cut:])
+    if pairs:  # a few of them are a fair corpus: repeat them until a block fits
+        train = np.tile(train, 1 + config.block_size // max(1, len(train)))
+        val = np.tile(val, 1 + config.block_size // max(1, len(val)))
     if chars and tokenizer.chars != chars:
         raise ValueError(f"{config.data}: its vocabulary is not that of the model")
     if min(len(train), len(val)) <= config.block_size:
@@ -422,18 +418,17 @@ def make_optimizers(model, config):
     Muon (Jordan 2024), an option that a first reading can skip, is for the matrices of the blocks.
     It makes their momentum roughly orthogonal: then a matrix moves about as far in each direction,
     and none drowns the others. match_rms_adamw lets it use AdamW's learning rate."""
+    rate, decay = config.learning_rate, config.weight_decay
     vectors = [p for p in model.parameters() if p.ndim == 1]
     matrices = [p for p in model.parameters() if p.ndim == 2]
-    muon = []
-    if config.optimizer == "muon" and config.n_layer > 0:
-        in_blocks = [p for p in model.blocks.parameters() if p.ndim == 2]
-        muon = [torch.optim.Muon(in_blocks, config.learning_rate, config.weight_decay,
-                                 adjust_lr_fn="match_rms_adamw")]
+    optimizers = []
+    if config.optimizer == "muon":
+        in_blocks = [{"params": [p for p in model.blocks.parameters() if p.ndim == 2]}]
+        optimizers = [torch.optim.Muon(in_blocks, rate, decay, adjust_lr_fn="match_rms_adamw")]
         matrices = [model.tokens.weight, model.positions.weight, model.lm_head.weight]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.99), fused=True)
-    return [adamw, *muon]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, rate, betas=(0.9, 0.99), weight_decay=decay, fused=True)
+    return [adamw, *optimizers]
 
 
 def learning_rate(step, config):
@@ -476,11 +471,20 @@ def training_step(model, optimizers, batches, config, step):
 # That is all that a GPT is, and how it learns. A first reading may stop here: what follows keeps a
 # run safe and makes it fast.
 
+
+# That is all that a GPT is, and how it learns. A first reading may stop here: what follows keeps a
+# run safe and makes it fast.
+
 # ================================ Part two: the craft ===========================================
 
 ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer")  # what the shapes of weights depend on
 FIXED = ("optimizer", "seed", "init_from", "corpus")          # what else a run cannot change midway
 OF_THE_MACHINE = ("out", "device", "dtype", "compile")        # what a checkpoint does not decide
+
+# torchrun, PyTorch's starter, runs WORLD processes that train together, each with its RANK. Without
+# it RANK is 0 and WORLD is 1. LOCAL_RANK counts the processes, and GPUs, of one machine.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def check(config):
@@ -491,35 +495,29 @@ def check(config):
         name, kind, value = field.name, field.type, getattr(config, field.name)
         lowest = 0 if kind is float or name in zero_is_fine else 1
         highest = {"dropout": 0.99, "n_layer": 1000}.get(name, 2**31)
-        allowed = (int, float) if kind is float else (kind,)  # 1 will do for 1.0
-        if type(value) not in allowed:
+        if type(value) is not kind and (kind, type(value)) != (float, int):  # 1 will do for 1.0
             raise ValueError(f"{name} must be {kind.__name__}, not {value!r}")
         if kind in (int, float) and not lowest <= value <= highest:
             raise ValueError(f"{name} must be from {lowest} to {highest}, not {value}")
-        if name in choices and value not in choices[name]:
+        if value not in choices.get(name, (value,)):
             raise ValueError(f"{name} must be {' or '.join(choices[name])}, not {value!r}")
     if config.n_embd % config.n_head:
         raise ValueError(f"n_embd {config.n_embd} must be divisible by n_head {config.n_head}")
     config.out = config.out or Path(config.data or "model").resolve().stem + ".pkl"
 
 
-def device_defaults(device):
-    """What a GPU wants other than the values in Config, which are for a CPU."""
-    if device != "cuda":
-        return {}
-    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    return dict(batch_size=64, block_size=256, max_iters=1500, n_embd=384, n_head=8, n_layer=8,
-                dropout=0.2, learning_rate=1e-3, warmup_iters=200, eval_iters=20,
-                dtype="bfloat16" if has_bfloat16 else "float32",
-                compile=importlib.util.find_spec("triton") is not None)  # torch.compile needs it
-
-
 def choose_settings(flags):
     """{name: value} of the flags given -> Config. A flag beats the checkpoint, and that beats the
     device's defaults. A checkpoint to fine-tune decides the architecture only."""
+    settings = {}  # for a CPU, the values in Config are right
+    if flags.get("device", Config.device) == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        has_triton = importlib.util.find_spec("triton") is not None  # torch.compile needs it
+        settings = dict(batch_size=64, block_size=256, max_iters=1500, n_embd=384, n_head=8,
+                        n_layer=8, dropout=0.2, learning_rate=1e-3, warmup_iters=200, eval_iters=20,
+                        dtype="bfloat16" if has_bfloat16 else "float32", compile=has_triton)
     files = Config(**{name: flags.get(name, "") for name in ("data", "out", "init_from")})
     path, saved = find_checkpoint(files)
-    settings = device_defaults(flags.get("device", Config.device))
     for name, value in saved.get("config", {}).items():
         if name in ARCHITECTURE or (path == files.out and name not in OF_THE_MACHINE):
             settings[name] = value
@@ -531,12 +529,10 @@ def choose_settings(flags):
 def save_checkpoint(path, checkpoint):
     """Writes a dict of plain values and tensors. Killed at any instant, it leaves the old file or
     the new one, whole. OSError if it cannot be written."""
-    # A save that was killed left a file named after its process, which /proc (Linux) lists no more.
-    for old in Path(path).absolute().parent.glob(f"{Path(path).name}.*.tmp"):
-        process = old.name.split(".")[-2]
-        if Path("/proc/self").exists() and not Path("/proc", process).exists():
+    temporary = Path(f"{path}.{os.getpid()}.tmp").absolute()  # named after this process
+    for old in temporary.parent.glob(f"{Path(path).name}.*.tmp"):
+        if not Path("/proc", old.suffixes[-2][1:]).exists():  # its process was killed
             old.unlink(missing_ok=True)
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
@@ -553,8 +549,7 @@ def restore(optimizers, states):
     """Gives optimizers their running averages back, in the shapes of the weights. A damaged file
     may hold smaller ones, and PyTorch's fused AdamW would write past their end: RuntimeError."""
     for optimizer, state in zip(optimizers, states, strict=True):
-        settings = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": settings})  # theirs, and ours
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         for p, averages in optimizer.state.items():
             # AdamW keeps the number of steps and two averages for each weight, Muon one.
             shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
@@ -576,8 +571,8 @@ def load_checkpoint(path):
             with torch.device("meta"):
                 config = Config(**saved["config"])
                 model = GPT(config, CharTokenizer(saved["chars"]).vocab_size)
-            for weights in (saved["best"], saved["model"]):  # a trial: do names and shapes fit?
-                model.load_state_dict(dict(weights), assign=True)
+            model.load_state_dict(dict(saved["best"]), assign=True)  # do names and shapes fit?
+            model.load_state_dict(dict(saved["model"]), assign=True)
             restore(make_optimizers(model, config), saved["optimizer"])
             saved.update(step=int(saved["step"]), losses=dict(saved["losses"]),
                          corpus=str(saved["corpus"]))
@@ -589,8 +584,10 @@ def load_checkpoint(path):
 def find_checkpoint(config):
     """(path, checkpoint) that a run starts from: its own, else that of init_from, else ("", {})."""
     path = config.out if os.path.exists(config.out) else config.init_from
-    saved = load_checkpoint(path) if path else {}
-    return path, saved
+    box = [path, load_checkpoint(path) if path and RANK == 0 else {}]
+    if WORLD > 1:  # all take what process 0 has found, so that only its machine needs the file
+        torch.distributed.broadcast_object_list(box, device=torch.device("cpu"))
+    return box
 
 
 def load_model(path, device="cpu"):
@@ -604,26 +601,7 @@ def load_model(path, device="cpu"):
     return model.to(device).eval(), tokenizer, config
 
 
-# -------------------------------- devices and processes -----------------------------------------
-
-# torchrun, PyTorch's starter, runs WORLD processes that train together, each with its RANK. Without
-# it RANK is 0 and WORLD is 1. LOCAL_RANK counts the processes, and GPUs, of one machine.
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-
-
-def say(line):
-    """Prints from one process only, and above the progress bar."""
-    if RANK == 0:
-        tqdm.write(line)
-
-
-def printable(text):
-    """Text for a terminal: control characters, which could move its cursor, become UNK. Soft hyphen
-    (00ad), non-joiner (200c) and joiner (200d) stay, since words of some languages need them."""
-    controls = {char for char in text if unicodedata.category(char).startswith("C")}
-    return text.translate({ord(char): UNK for char in controls - set("\n\t\u00ad\u200c\u200d")})
-
+# -------------------------------- a run ---------------------------------------------------------
 
 def find_device(name):
     """The device of that name, ready for use; ValueError if this machine has none.
@@ -643,6 +621,8 @@ def build(config, vocab_size):
     torch.manual_seed(config.seed)
     model = GPT(config, vocab_size).to(find_device(config.device))
     fast = torch.compile(model) if config.compile else model
+    if WORLD > 1:  # each process gets the mean of their gradients
+        fast = nn.parallel.DistributedDataParallel(fast)
     return model, make_optimizers(model, config), fast
 
 
@@ -651,8 +631,7 @@ def draw_batches(data, config, step):
     step: a resumed run draws what it would have drawn, several processes what one would. Of two
     processes, the first takes batches 0, 2, 4 and so on, and the second the others."""
     draw = np.random.default_rng((config.seed, step))
-    last = len(data) - config.block_size
-    starts = draw.integers(last, size=(config.grad_accum, config.batch_size))
+    starts = draw.integers(0, len(data) - config.block_size, (config.grad_accum, config.batch_size))
     batches = []
     for micro in range(RANK, config.grad_accum, WORLD):
         mixed = np.random.SeedSequence((config.seed, step, micro))  # three numbers become one seed
@@ -661,158 +640,143 @@ def draw_batches(data, config, step):
     return batches
 
 
-# -------------------------------- a run ---------------------------------------------------------
+def printable(text):
+    """Text for a terminal: control characters, which could move its cursor, become UNK. Soft hyphen
+    (00ad), non-joiner (200c) and joiner (200d) stay, since words of some languages need them."""
+    controls = {char for char in text if unicodedata.category(char).startswith("C")}
+    return text.translate({ord(char): UNK for char in controls - set("\n\t\u00ad\u200c\u200d")})
 
-class Run:
-    """Training under way: the model, its optimizers and what else a checkpoint holds.
 
-    Each evaluation saves. A run that is killed loses the steps since then; the same command does
-    them again, and ends with the same weights as if it had never been stopped."""
+def say(line):
+    """Prints from one process only, and above the progress bar."""
+    if RANK == 0:
+        tqdm.write(line)
 
-    def __init__(self, config):
-        """Goes on from config.out if it exists, else begins. ValueError if checkpoint, corpus and
-        settings do not fit together: a trained model is never overwritten by another one."""
-        path, saved = find_checkpoint(config)
-        if WORLD > 1:  # all take what process 0 has, so that only its machine needs the checkpoint
-            box = [config, path, saved]
-            torch.distributed.broadcast_object_list(box, device=torch.device("cpu"))
-            config, path, saved = box  # what process 0 had in its box
-        self.config = config
-        self.read_corpus(saved.get("chars", ""))
-        resuming = path == config.out
-        old = {**saved.get("config", {}), "corpus": saved.get("corpus")}
-        new = {**asdict(config), "corpus": self.corpus}
-        for name in ARCHITECTURE + FIXED:
-            matters = resuming or name in ARCHITECTURE
-            if saved and matters and old[name] != new[name]:
-                raise ValueError(f"{path} was trained with {name} {old[name]}, not {new[name]}: "
-                                 f"leave the flag out or name another --out ({config.data=})")
-        self.model, self.optimizers, self.fast = build(config, self.tokenizer.vocab_size)
-        self.step, self.losses, self.best, self.stopping = 0, {}, {}, False
-        if resuming:
-            self.step, self.losses, self.best = saved["step"], saved["losses"], saved["best"]
-            self.model.load_state_dict(saved["model"])
-            restore(self.optimizers, saved["optimizer"])
-        elif saved:  # fine-tuning starts from the best weights
-            self.model.load_state_dict(saved["best"])
 
-    def read_corpus(self, chars):
-        """Loads the corpus, says what it is like, and takes a fingerprint to know it again."""
-        self.splits, self.tokenizer = load_data(self.config, chars)
-        sizes = [len(ids) for ids in self.splits.values()]
-        # The first 8 million characters of each split will do, since all may be 40 GB.
-        ids = np.concatenate([ids[: 2**23] for ids in self.splits.values()])
-        known = repr((self.tokenizer.chars, sizes)).encode() + ids.tobytes()
-        self.corpus = hashlib.sha256(known).hexdigest()[:16]
-        say(f"corpus  {self.config.data or 'the Python documentation'}: {sizes[0]:,} characters to "
-            f"train on, {sizes[1]:,} to validate, vocabulary {self.tokenizer.vocab_size:,}, "
-            f"{np.mean(ids == self.tokenizer.unk):.2%} unknown")
-        if self.config.answers_prompts:
-            ends = np.flatnonzero(ids == self.tokenizer.end)
-            lengths = np.diff(ends, prepend=-1)  # from each END to the next
-            say(f"pairs   {np.mean(lengths > self.config.block_size):.1%} longer than block_size: "
-                "the end of such an answer is learned without its question")
+def sample(model, tokenizer, length):
+    """Some text that the model writes now. Its random numbers have no effect on training."""
+    torch.manual_seed(model.config.seed)
+    start = torch.tensor([[tokenizer.end]], device=model.config.device)
+    ids = model.eval().generate(start, length, temperature=0.8)[0, 1:]
+    model.train()
+    return printable(tokenizer.decode(ids.tolist()).replace(END, "\n"))
 
-    def evaluate(self):
-        """Measures the losses, keeps the best weights, saves and prints a line, unless this step
-        has been measured already."""
-        if RANK == 0 and self.step not in self.losses:
-            losses = estimate_loss(self.model, self.splits, self.config)
-            self.losses[self.step] = losses
-            # The answers of held-out pairs are facts that the model was never told. Their loss
-            # rises while it learns, so of pairs the latest weights are kept.
-            lowest = min(row["val"] for row in self.losses.values())
-            if self.config.answers_prompts or losses["val"] == lowest:
-                self.best = copy.deepcopy(self.model.state_dict())
-            self.save()
-            train, val = losses.values()
-            text = " ".join(self.sample(60).split())
-            say(f"step {self.step:6,d}   train {train:.4f}   val {val:.4f}   {text}")
 
-    def save(self):
-        """Writes the checkpoint; ValueError if training went wrong, so that the last one stays."""
-        if not all(p.isfinite().all() for p in self.model.parameters()):
-            raise ValueError(f"step {self.step}: weights are no numbers; lower --learning_rate")
-        save_checkpoint(self.config.out, dict(
-            config=asdict(self.config), chars=self.tokenizer.chars, corpus=self.corpus,
-            step=self.step, losses=self.losses, best=self.best, model=self.model.state_dict(),
-            optimizer=[optimizer.state_dict()["state"] for optimizer in self.optimizers]))
+def describe(splits, tokenizer, config):
+    """What a corpus is like, in words by which a run knows it again. The checksum is over the first
+    8 million characters of each split, since all may be 40 GB."""
+    ids = np.concatenate([part[: 2**23] for part in splits.values()])
+    sizes = " + ".join(f"{len(part):,}" for part in splits.values())
+    unknown = np.mean(ids == tokenizer.unk)
+    text = (f"{sizes} characters, vocabulary {tokenizer.vocab_size:,}, {unknown:.2%} unknown, "
+            f"checksum {zlib.crc32(ids):08x}")
+    if config.data.endswith(".jsonl"):
+        lengths = np.diff(np.flatnonzero(ids == tokenizer.end), prepend=-1)  # from END to END
+        text += f", {np.mean(lengths > config.block_size):.1%} of pairs longer than block_size"
+    return text
 
-    def sample(self, length):
-        """Some text that the model writes now. Its random numbers have no effect on training."""
-        torch.manual_seed(self.config.seed)
-        start = torch.tensor([[self.tokenizer.end]], device=self.config.device)
-        ids = self.model.eval().generate(start, length, temperature=0.8)[0, 1:]
-        self.model.train()
-        return printable(self.tokenizer.decode(ids.tolist()).replace(END, "\n"))
 
-    def ask_to_stop(self, number, frame):
-        """Python calls this at Ctrl-C and SIGTERM: the step under way is finished and saved. Asked
-        a second time, or under torchrun, a run stops at once."""
-        if self.stopping or WORLD > 1:
-            raise KeyboardInterrupt
-        self.stopping = True
+STOP = threading.Event()  # set at Ctrl-C and SIGTERM, the signal by which systems end a program
 
-    def report(self):
-        """Prints what came out and how to go on."""
-        curve = [row["val"] for row in self.losses.values()]
-        heights = np.interp(curve, (min(curve), max(curve)), (0, 7)).round().astype(int)
-        bars = "".join("▁▂▃▄▅▆▇█"[height] for height in heights)
-        say(f"losses  last {curve[-1]:.4f}, best {min(curve):.4f}   {bars}")
-        if self.config.device == "cuda":
-            say(f"memory  {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU at most")
-        if self.step < self.config.max_iters:
-            return say(f"stopped at step {self.step:,}; the same command carries on")
-        say(self.sample(500))
-        say(f"\nsaved; talk to it: python chat.py --model {shlex.quote(self.config.out)}")
+
+def ask_to_stop(number, frame):
+    """Python calls this at such a signal (see main): train ends after the step under way, and
+    saves. Asked a second time, or under torchrun, it ends at once."""
+    if STOP.is_set() or WORLD > 1:
+        raise KeyboardInterrupt
+    STOP.set()
 
 
 def train(config):
     """Trains, or carries on where config.out stopped; returns the model with its latest weights, in
     eval mode. ValueError or OSError where the user must change something.
 
-    WORLD > 1 is for several GPUs or machines, and can be skipped: torchrun starts processes that
-    all call this, DistributedDataParallel gives each the mean of their gradients, through nccl
-    between GPUs and gloo between CPUs, and process 0 evaluates and saves."""
+    Each evaluation saves. A run that is killed loses the steps since then; the same command does
+    them again, and ends with the same weights as if it had never been stopped. Of several
+    processes, process 0 alone evaluates, saves and prints."""
     if config.grad_accum % WORLD:
         raise ValueError(f"grad_accum {config.grad_accum} must be divisible by {WORLD} processes")
-    if WORLD > 1:
-        gpu = config.device == "cuda"
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-    run = Run(config)
-    config, model = run.config, run.fast
-    if WORLD > 1:
-        model = nn.parallel.DistributedDataParallel(model)
+    path, saved = find_checkpoint(config)
+    resuming = path == config.out
+    splits, tokenizer = load_data(config, saved.get("chars", ""))
+    corpus = describe(splits, tokenizer, config)
+    say(f"corpus  {config.data or 'the Python documentation'}: {corpus}")
+
+    # A trained model is never overwritten by another one: what is saved must fit these settings.
+    if saved:
+        old = {**saved["config"], "corpus": saved["corpus"]}
+        new = {**asdict(config), "corpus": corpus}
+        for name in ARCHITECTURE + FIXED if resuming else ARCHITECTURE:
+            if old[name] != new[name]:
+                raise ValueError(f"{path} was trained with {name} {old[name]}, not {new[name]}: "
+                                 f"leave the flag out or name another --out ({config.data=})")
+
+    model, optimizers, fast = build(config, tokenizer.vocab_size)
+    step = 0
+    losses = {}  # step -> its losses
+    best = {}    # the weights with the lowest validation loss
+    if resuming:
+        step, losses, best = saved["step"], saved["losses"], saved["best"]
+        model.load_state_dict(saved["model"])
+        restore(optimizers, saved["optimizer"])
+    elif saved:  # fine-tuning starts from the best weights
+        model.load_state_dict(saved["best"])
     size = sum(p.numel() for p in model.parameters())
     say(f"model   {size:,} parameters on {config.device} in {config.dtype}, {config.out}, "
-        f"at step {run.step:,} of {config.max_iters:,}")
-    bar = tqdm(total=config.max_iters, initial=run.step, disable=RANK > 0 or None, unit="char",
+        f"at step {step:,} of {config.max_iters:,}")
+
+    bar = tqdm(total=config.max_iters, initial=step, disable=RANK > 0 or None, unit="char",
                unit_scale=config.batch_size * config.grad_accum * config.block_size)
-    before_int = signal.signal(signal.SIGINT, run.ask_to_stop)  # returns the one before
-    before_term = signal.signal(signal.SIGTERM, run.ask_to_stop)
-    try:
-        while run.step < config.max_iters and not run.stopping:
-            if run.step % config.eval_interval == 0:
-                run.evaluate()
-            batches = draw_batches(run.splits["train"], config, run.step)
-            loss = training_step(model, run.optimizers, batches, config, run.step)
-            run.step += 1
-            bar.update()
-            if run.step % 10 == 0 and not bar.disable:
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-        if run.stopping:
-            run.save()
-        else:
-            run.evaluate()  # which saves as well
-    finally:
-        bar.close()
-        signal.signal(signal.SIGINT, before_int)
-        signal.signal(signal.SIGTERM, before_term)
+    while True:
+        stopping = STOP.is_set()
+        due = step % config.eval_interval == 0 or step == config.max_iters
+        evaluating = due and step not in losses and RANK == 0
+        saving = evaluating or stopping
+        if saving and not all(p.isfinite().all() for p in model.parameters()):
+            raise ValueError(f"step {step}: weights are no numbers; lower --learning_rate")
+        if evaluating:
+            losses[step] = estimate_loss(model, splits, config)
+            train_loss, val_loss = losses[step].values()
+            # The answers of held-out pairs are facts that the model was never told. Their loss
+            # rises while it learns, so of pairs the latest weights are kept.
+            lowest = min(row["val"] for row in losses.values())
+            if val_loss == lowest or config.data.endswith(".jsonl"):
+                best = copy.deepcopy(model.state_dict())
+            text = " ".join(sample(model, tokenizer, 60).split())
+            say(f"step {step:6,d}   train {train_loss:.4f}   val {val_loss:.4f}   {text}")
+        if saving:
+            save_checkpoint(config.out, dict(
+                config=asdict(config), chars=tokenizer.chars, corpus=corpus, step=step,
+                losses=losses, best=best, model=model.state_dict(),
+                optimizer=[optimizer.state_dict()["state"] for optimizer in optimizers]))
+        if stopping or step >= config.max_iters:
+            break
+        batches = draw_batches(splits["train"], config, step)
+        loss = training_step(fast, optimizers, batches, config, step)
+        step += 1
+        bar.update()
+        if step % 10 == 0 and not bar.disable:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    bar.close()
     if RANK == 0:
-        run.report()
-    if WORLD > 1:
-        torch.distributed.destroy_process_group()
-    return run.model.eval()
+        report(model, tokenizer, losses, step)
+    return model.eval()
+
+
+def report(model, tokenizer, losses, step):
+    """Prints what came out of a run and how to go on."""
+    config = model.config
+    curve = [row["val"] for row in losses.values()]
+    heights = np.interp(curve, (min(curve), max(curve)), (0, 7)).round().astype(int)
+    bars = "".join("▁▂▃▄▅▆▇█"[height] for height in heights)
+    say(f"losses  last {curve[-1]:.4f}, best {min(curve):.4f}   {bars}")
+    if config.device == "cuda":
+        say(f"memory  {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU at most")
+    if step < config.max_iters:
+        say(f"stopped at step {step:,}; the same command carries on")
+    else:
+        say(sample(model, tokenizer, 500))
+        say(f"\nsaved; talk to it: python chat.py --model {shlex.quote(config.out)}")
 
 
 def tune(config):
@@ -857,16 +821,22 @@ def main(argv=None):
     parser = Parser(description=settings, formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)  # absent if not given
     for field in fields(Config):
-        if field.type is bool:
-            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction)
-        else:
-            parser.add_argument(f"--{field.name}", type=field.type)
+        bools = {"action": argparse.BooleanOptionalAction}  # --compile and --no-compile
+        kind = bools if field.type is bool else {"type": field.type}
+        parser.add_argument(f"--{field.name}", **kind)
     parser.add_argument("--tune", action="store_true", help="find the fastest settings instead")
     flags = vars(parser.parse_args(argv))
-    work = tune if flags.pop("tune", False) else train
+    tuning = flags.pop("tune", False)
     try:
+        if WORLD > 1:
+            backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            torch.distributed.init_process_group(backends)
         config = choose_settings(flags)
-        work(config)
+        if tuning:
+            return tune(config)
+        signal.signal(signal.SIGINT, ask_to_stop)
+        signal.signal(signal.SIGTERM, ask_to_stop)
+        train(config)
     except (ValueError, OSError) as error:
         parser.error(error)
     except KeyboardInterrupt:

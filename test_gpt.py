@@ -174,7 +174,7 @@ def test_a_few_pairs_are_repeated_until_a_block_fits():
 def test_the_share_of_pairs_longer_than_a_block_is_printed(capsys):
     Path("pairs.jsonl").write_text(pair("a", "b") * 6 + pair("a" * 20, "b") * 4)
     gpt.train(tiny(data="pairs.jsonl"))
-    assert "40.0% longer than block_size" in capsys.readouterr().out
+    assert "40.0% of pairs longer than block_size" in capsys.readouterr().out
 
 
 def test_default_corpus_needs_no_download():
@@ -478,7 +478,7 @@ def test_one_watches_it_learn_on_one_line_an_evaluation(capsys):
 
 def test_what_is_printed_leaves_the_run_as_it_was(monkeypatch):
     shown = train_tiny(out="shown.pkl", dropout=0.2)
-    monkeypatch.setattr(gpt.Run, "sample", lambda self, length: "")
+    monkeypatch.setattr(gpt, "sample", lambda model, tokenizer, length: "")
     silent = train_tiny(out="silent.pkl", dropout=0.2)
     assert_same(shown["model"], silent["model"])
 
@@ -587,27 +587,28 @@ def test_ctrl_c_saves_after_the_step_and_the_same_command_carries_on():
     assert_same(gpt.load_checkpoint("book.pkl")["model"], whole["model"])
 
 
-def test_sigterm_is_as_ctrl_c_and_the_second_time_stops_at_once():
-    run = gpt.Run(tiny())
-    run.ask_to_stop(signal.SIGTERM, None)
-    assert run.stopping
+def test_asked_to_stop_a_second_time_it_ends_at_once():
+    gpt.ask_to_stop(signal.SIGTERM, None)
+    assert gpt.STOP.is_set()
     with pytest.raises(KeyboardInterrupt):
-        run.ask_to_stop(signal.SIGINT, None)
+        gpt.ask_to_stop(signal.SIGINT, None)
+    gpt.STOP.clear()
 
 
-def test_a_run_takes_both_signals_and_gives_them_back(monkeypatch):
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(number) for number in numbers]
+def test_the_command_line_takes_both_signals_and_a_notebook_keeps_its_own(monkeypatch):
     during = []
 
-    def look(run):
-        during.extend(signal.getsignal(number).__name__ for number in numbers)
+    def look(*arguments):
+        during.append(signal.getsignal(signal.SIGINT))
+        during.append(signal.getsignal(signal.SIGTERM))
+        return {"train": 1.0, "val": 1.0}
 
-    monkeypatch.setattr(gpt.Run, "evaluate", look)
-    monkeypatch.setattr(gpt.Run, "report", lambda run: None)
-    gpt.train(tiny())
-    assert set(during) == {"ask_to_stop"}
-    assert [signal.getsignal(number) for number in numbers] == before
+    monkeypatch.setattr(gpt, "estimate_loss", look)
+    before = signal.getsignal(signal.SIGTERM)
+    gpt.train(tiny(out="notebook.pkl", max_iters=0))
+    gpt.main(flags(max_iters=0))
+    signal.signal(signal.SIGTERM, before)
+    assert during == [signal.default_int_handler, before, gpt.ask_to_stop, gpt.ask_to_stop]
 
 
 def test_a_finished_run_says_so_and_its_file_is_not_touched(capsys):
@@ -700,13 +701,16 @@ def test_of_pairs_the_latest_weights_are_loaded(monkeypatch):
 
 
 def test_fine_tuning_starts_from_the_best_weights_and_the_architecture(monkeypatch):
-    saved = train_with_val_losses(monkeypatch, [3.0, 1.0, 2.0], out="base.pkl", n_embd=32)
-    config = gpt.choose_settings(dict(init_from="base.pkl", data="book.txt", device="cpu"))
+    losses = [3.0, 1.0, 2.0, 2.0]  # the last one is for the run that starts from the base
+    saved = train_with_val_losses(monkeypatch, losses, out="base.pkl", n_embd=32)
+    words = dict(init_from="base.pkl", data="book.txt", max_iters=0, device="cpu")
+    config = gpt.choose_settings(words)
     assert (config.n_embd, config.n_layer, config.block_size) == (32, 2, 8)
     assert config.eval_interval == 150  # nothing else is handed down
-    run = gpt.Run(config)
-    assert_same(dict(run.model.state_dict()), dict(saved["best"]))
-    assert run.step == 0
+    gpt.train(config)
+    tuned = gpt.load_checkpoint("book.pkl")
+    assert_same(dict(tuned["model"]), dict(saved["best"]))
+    assert tuned["step"] == 0
 
 
 # ------------------------------------------------------------------------------ foreign checkpoints
@@ -905,7 +909,8 @@ def test_a_flag_left_out_comes_from_the_checkpoint():
 
 def test_micro_batches_must_be_divisible_by_the_processes(monkeypatch):
     monkeypatch.setattr(gpt, "WORLD", 2)
-    assert_refused(gpt.main, flags(grad_accum=3), "grad_accum 3", "2 processes")
+    with pytest.raises(ValueError, match="grad_accum 3 .* 2 processes"):
+        gpt.train(tiny(grad_accum=3))
 
 
 def test_tune_prints_rows_of_flags_and_the_last_line_works(capsys, monkeypatch):
