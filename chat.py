@@ -5,7 +5,7 @@
     echo "The " | python chat.py       in a pipe
     python chat.py --int8              weights in a quarter of the memory
 """
-import sys, time
+import os, sys, time
 from contextlib import suppress
 
 import torch
@@ -131,7 +131,9 @@ def main(argv=None):
         if not lowest <= getattr(flags, name) < 2**31:
             parser.error(f"--{name} must be from {lowest} to {2**31 - 1}")
     torch.manual_seed(flags.seed % 2**63)
-    try:
+    if not os.path.exists(flags.model):
+        parser.error(f"{flags.model}: no such model; python gpt.py makes one")
+    with parser.mistakes():
         model, tokenizer, config = gpt.load_model(flags.model, flags.device)
         if flags.int8:
             before = sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20
@@ -147,12 +149,6 @@ def main(argv=None):
         else:
             print(gpt.printable(flags.prompt), end="\n" if chat.answers else "")
             chat.show(flags.prompt, flags.stats)
-    except FileNotFoundError:
-        parser.error(f"{flags.model}: no such model; python gpt.py makes one")
-    except (ValueError, OSError) as error:
-        parser.error(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

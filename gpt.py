@@ -14,6 +14,7 @@ and makes it fast; skip it on a first reading. Letters in comments are sizes:
 """
 import argparse, copy, importlib.util, inspect, itertools, json, math, os, shlex, signal, sys
 import threading, time, unicodedata, zlib
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -569,11 +570,10 @@ def load_checkpoint(path):
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)
             with torch.device("meta"):
-                config = Config(**saved["config"])
-                model = GPT(config, CharTokenizer(saved["chars"]).vocab_size)
+                model = GPT(Config(**saved["config"]), CharTokenizer(saved["chars"]).vocab_size)
             model.load_state_dict(dict(saved["best"]), assign=True)  # do names and shapes fit?
             model.load_state_dict(dict(saved["model"]), assign=True)
-            restore(make_optimizers(model, config), saved["optimizer"])
+            restore(make_optimizers(model, model.config), saved["optimizer"])
             saved.update(step=int(saved["step"]), losses=dict(saved["losses"]),
                          corpus=str(saved["corpus"]))
         except Exception as error:
@@ -814,6 +814,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {printable(' '.join(str(message).split()))}\n")
 
+    @contextmanager
+    def mistakes(self):
+        """with parser.mistakes(): what the user must change ends here, and Ctrl-C, quietly."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.error(error)
+        except KeyboardInterrupt:
+            self.exit(130)
+
 
 def main(argv=None):
     """Each field of Config is a flag; --help shows them as they stand above."""
@@ -826,30 +836,27 @@ def main(argv=None):
         parser.add_argument(f"--{field.name}", **kind)
     parser.add_argument("--tune", action="store_true", help="find the fastest settings instead")
     flags = vars(parser.parse_args(argv))
-    tuning = flags.pop("tune", False)
-    try:
-        if WORLD > 1:
-            backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            torch.distributed.init_process_group(backends)
-        config = choose_settings(flags)
-        if tuning:
-            return tune(config)
+    work = tune
+    if not flags.pop("tune", False):
+        work = train
         signal.signal(signal.SIGINT, ask_to_stop)
         signal.signal(signal.SIGTERM, ask_to_stop)
-        train(config)
-    except (ValueError, OSError) as error:
-        parser.error(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (RuntimeError, MemoryError) as error:
-        name = f"{type(error).__module__} {type(error).__name__}: {error}"
-        if name.startswith(("torch._dynamo", "torch._inductor")):  # parts of torch.compile
-            parser.error(f"torch.compile failed, so try --no-compile: {str(error).splitlines()[0]}")
-        if not any(words in name for words in ("out of memory", "allocate memory", "MemoryError")):
-            raise
-        half, double = max(1, config.batch_size // 2), 2 * config.grad_accum
-        parser.error(f"out of memory: try --batch_size {half} --grad_accum {double}, and then a "
-                     "smaller block_size, n_embd or n_layer")
+    if WORLD > 1:
+        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backends)
+    with parser.mistakes():
+        config = choose_settings(flags)
+        try:
+            work(config)
+        except (RuntimeError, MemoryError) as error:
+            name = f"{type(error).__module__} {type(error).__name__}: {error}"
+            if name.startswith(("torch._dynamo", "torch._inductor")):  # parts of torch.compile
+                raise ValueError(f"torch.compile failed, so try --no-compile: {error!s:.200}")
+            if not any(w in name for w in ("out of memory", "allocate memory", "MemoryError")):
+                raise
+            half, double = max(1, config.batch_size // 2), 2 * config.grad_accum
+            raise ValueError(f"out of memory: try --batch_size {half} --grad_accum {double}, and "
+                             "then a smaller block_size, n_embd or n_layer")
 
 
 if __name__ == "__main__":

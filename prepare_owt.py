@@ -1,74 +1,73 @@
 """Turns OpenWebText, or any archive of texts, into the folder of ids that gpt.py trains on.
 
     python prepare_owt.py openwebtext.tar.xz --out data/owt
-    python gpt.py --data data/owt
 
 OpenWebText is a tar of 20,610 shards, 40 GB of text; a shard is a tar, compressed with xz, of one
-.txt a document. Memory does not hold it, so a first pass writes files of text, shard by shard, and
-counts characters. Then the vocabulary is known, and a second pass turns the text into ids.
+.txt a document. A first pass writes text and counts characters; a second makes ids of the text.
 """
-import io, json, lzma, multiprocessing, os, random, shlex, signal, sys, tarfile
+import io, json, lzma, multiprocessing, os, random, shlex, signal, sys, tarfile, tempfile, threading
 from collections import Counter
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from itertools import islice
+from concurrent.futures import ProcessPoolExecutor
+from itertools import chain, count, islice, repeat
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from threading import Thread
-
 import numpy as np
 from tqdm import tqdm
-
+from tqdm.utils import CallbackIOWrapper
 from gpt import END, UNK, CharTokenizer, Parser, clean
 
 
-def contents(name, file, unpack):
+def contents(name, file, unpack=False):
     """Yields (name, content) for each part of an open file. A .txt gives pieces of text, then END.
-    A .tar or .tar.xz gives what its .txt and .xz give. An .xz gives its bytes, for a worker, and
-    there, with unpack, what is in it. ValueError if it is damaged. Nothing is extracted, so no link
-    and no name in a tar can write anywhere."""
-    place = name
+    A .tar or .tar.xz gives what is in it, and an .xz its bytes or, with unpack, what is in those.
+    ValueError names what is damaged. Nothing is extracted: no name in a tar can write anywhere."""
     try:
         if name.endswith(".txt"):
-            # A megabyte and the rest of its last line: no character and no \r\n is cut in two.
-            while data := file.read(2**20) + file.readline():
+            while data := file.read(2**20) + file.readline():  # whole lines: no \r\n is cut in two
                 yield name, clean(data.decode("utf-8-sig", "replace"))
             if file.tell() > 0:
                 yield name, END
         elif name.endswith((".tar", ".tar.xz")):
-            if name.endswith(".xz"):
-                file = lzma.open(file)
-            archive = tarfile.open(fileobj=file, mode="r:")
-            while member := archive.next():
-                archive.members.clear()  # tarfile would remember all of them
-                place = f"{name}: {member.name}"
-                if member.isreg() and place.endswith((".txt", ".xz")):
-                    yield from contents(place, archive.extractfile(member), unpack)
-            # Two blocks of zeros end a tar, and tarfile has read one. It also stops where a header
-            # is damaged.
-            if file.read(512) != bytes(512):
+            tar = tarfile.open(fileobj=file, mode="r:xz" if name.endswith(".xz") else "r:")
+            while member := tar.next():
+                tar.members.clear()  # it would remember all of them
+                if member.isreg() and member.name.endswith((".txt", ".xz")):
+                    yield from contents(f"{name}: {member.name}", tar.extractfile(member), unpack)
+            if tar.fileobj.read(512) != bytes(512):  # two blocks of zeros end a tar; one is read
                 raise EOFError("the end is missing")
-            file.read()  # only at its end is an .xz known to be whole
+            tar.fileobj.read()  # only at its end is an .xz known to be whole
         elif unpack:
             data = lzma.decompress(file.read())
             kind = ".tar" if b"\0" in data[:512] else ".txt"  # zeros fill a tar's first block
-            yield from contents(name + kind, io.BytesIO(data), unpack)
-        else:
+            yield from contents(name + kind, io.BytesIO(data))
+        elif name.endswith(".xz"):
             yield name, file.read()
     except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
-        raise ValueError(f"{place}: damaged here or after it: {error}") from None
+        raise ValueError(f"{name}: damaged: {error}") from None
 
 
-def jobs(files, folder, flags, bar):
-    """Yields (file to write, name, content) for each shard, and each piece of a text."""
-    number = 0
-    for path in files:
-        before = bar.n
-        with open(path, "rb") as file:
-            for name, content in contents(str(path), file, unpack=False):
-                bar.update(before + file.tell() - bar.n)  # to where this file has been read
-                if random.Random(f"{flags.seed} {name}").random() < flags.sample:
-                    yield folder / str(number), name, content
-                    number += 1
+def write_text(number, part, folder):
+    """First pass, in a worker: writes a part's text; returns how often each character is in it."""
+    name, text = part
+    if isinstance(text, bytes):
+        text = "".join(piece for _, piece in contents(name, io.BytesIO(text), unpack=True))
+    (folder / str(number)).write_bytes(text.encode())
+    counts = Counter()
+    for start in range(0, len(text), 2**16):  # little at a time, which a processor's cache holds
+        found = np.bincount(np.frombuffer(text[start : start + 2**16].encode("utf-32-le"), "<u4"))
+        for code in np.flatnonzero(found):
+            counts[chr(code)] += int(found[code])
+    return counts
+
+
+def write_ids(number, start, folder, chars):
+    """Second pass, in a worker: a file of text becomes ids, in their place in train.bin."""
+    tokenizer = CharTokenizer(chars)
+    path = folder / str(number)
+    with open(path, encoding="utf-8", newline="") as text, open(folder / "train.bin", "r+b") as ids:
+        ids.seek(2 * start)  # two bytes an id
+        while piece := text.read(2**16):
+            ids.write(tokenizer.encode(piece))
+    path.unlink()
 
 
 def start_worker():
@@ -77,46 +76,22 @@ def start_worker():
         multiprocessing.parent_process().join()
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Thread(target=end_with_parent, daemon=True).start()
-
-
-def write_text(job):
-    """First pass, in a worker: a job -> (file of text, {character: how often it occurs})."""
-    path, name, content = job
-    if isinstance(content, bytes):
-        content = "".join(text for _, text in contents(name, io.BytesIO(content), unpack=True))
-    path.write_bytes(content.encode())
-    counts = Counter()
-    for start in range(0, len(content), 2**16):  # little at a time, which a processor's cache holds
-        piece = content[start : start + 2**16]
-        found = np.bincount(np.frombuffer(piece.encode("utf-32-le"), "<u4"))
-        for code in np.flatnonzero(found):
-            counts[chr(code)] += int(found[code])
-    return path, counts
-
-
-def write_ids(job):
-    """Second pass, in a worker: a file of text becomes ids in their place in train.bin."""
-    path, start, chars = job
-    tokenizer = CharTokenizer(chars)
-    with open(path, encoding="utf-8", newline="") as text:
-        with open(path.parent / "train.bin", "r+b") as train:
-            train.seek(2 * start)  # two bytes an id
-            while piece := text.read(2**16):
-                train.write(tokenizer.encode(piece))
-    path.unlink()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def prepare(files, folder, flags):
     """Fills an empty folder; returns what its corpus.json says. ValueError names a bad source."""
-    parts = []  # (file of text, where its ids begin)
-    counts = Counter()
-    bar = tqdm(total=sum(f.stat().st_size for f in files), unit="B", unit_scale=True, disable=None)
+    counts = Counter()  # {character: how often it occurs}
+    starts = []  # of each file of text, in characters
+    bar = tqdm(total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, disable=None)
+    def in_sample(part):
+        return random.Random(f"{flags.seed} {part[0]}").random() < flags.sample
+    opened = (CallbackIOWrapper(bar.update, path.open("rb"), "read") for path in files)
+    parts = chain.from_iterable(map(contents, map(str, files), opened))  # read only when asked for
     with bar, ProcessPoolExecutor(flags.workers, initializer=start_worker) as pool:
-        waiting = jobs(files, folder, flags, bar)  # a generator: memory does not hold all jobs
-        while group := list(islice(waiting, 32 * flags.workers)):
-            for path, found in pool.map(write_text, group):
-                parts.append((path, counts.total()))
+        while group := list(islice(filter(in_sample, parts), 32 * flags.workers)):
+            for found in pool.map(write_text, count(len(starts)), group, repeat(folder)):
+                starts.append(counts.total())
                 counts.update(found)
             bar.set_postfix_str(f"{counts[END]:,} documents, {counts.total():,} characters")
         if counts[END] == 0:
@@ -125,20 +100,17 @@ def prepare(files, folder, flags):
         if tokenizer.vocab_size > 2**16:
             raise ValueError(f"{tokenizer.vocab_size:,} characters are too many: raise --min_count")
         (folder / "train.bin").touch()
-        list(pool.map(write_ids, [(path, start, tokenizer.chars) for path, start in parts]))
+        list(pool.map(write_ids, count(), starts, repeat(folder), repeat(tokenizer.chars)))
     ids = np.memmap(folder / "train.bin", "<u2", "r")
     cut = int((1 - flags.val_fraction) * len(ids))  # where load_data cuts a text
-    before = ids[max(0, cut - 2**24) : cut]
-    ends = np.flatnonzero(before == tokenizer.end)
-    if len(ends) > 0:  # a document ends in the 16 million characters before: better cut there
-        cut += int(ends[-1]) + 1 - len(before)
+    cut -= int(np.argmax(ids[:cut][: -(2**24) : -1] == tokenizer.end))  # to an END, if one is near
     ids[cut:].tofile(folder / "val.bin")
-    del ids, before  # Windows shortens no file that is mapped
+    del ids  # Windows shortens no file that is mapped
     os.truncate(folder / "train.bin", 2 * cut)
+    (folder / "vocab.json").write_text(json.dumps(list(tokenizer.chars)), "utf-8")
     known = sum(counts[char] for char in tokenizer.chars if char != UNK)
     corpus = dict(documents=counts[END], characters=counts.total() - counts[END],
                   unknown=counts.total() - known, vocabulary=tokenizer.vocab_size)
-    (folder / "vocab.json").write_text(json.dumps(list(tokenizer.chars)), "utf-8")
     (folder / "corpus.json").write_text(json.dumps(corpus), "utf-8")
     return corpus
 
@@ -154,34 +126,25 @@ def main(argv=None):
     parser.add_argument("--val_fraction", type=float, default=0.1, help="for validation (0.1)")
     parser.add_argument("--min_count", type=int, default=1, help="rarer characters are UNK (1)")
     flags = parser.parse_args(argv)
-    files = []
-    try:
+    with parser.mistakes():
         if not (0 < flags.sample <= 1 and 0 < flags.val_fraction < 1):
             raise ValueError("--sample and --val_fraction must be above 0 and at most 1")
+        files = []
         for source in flags.sources:
-            if source.is_dir():
-                files += sorted(p for p in source.iterdir() if p.suffix in (".tar", ".xz", ".txt"))
-            else:
-                files.append(source)
+            files += sorted(source.glob("*.*")) if source.is_dir() else [source]
         ours = {"train.bin", "val.bin", "vocab.json", "corpus.json"}
         if flags.out.exists() and {path.name for path in flags.out.iterdir()} - ours:
             raise ValueError(f"{flags.out}: holds other files; name a folder of its own with --out")
         flags.out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(".tmp", f"{flags.out.name}.", flags.out.parent) as folder:
+        with tempfile.TemporaryDirectory(".tmp", f"{flags.out.name}.", flags.out.parent) as folder:
             new = Path(folder, "new")
             new.mkdir()
             corpus = prepare(files, new, flags)
             if flags.out.exists():
                 flags.out.rename(Path(folder, "old"))
             new.rename(flags.out)
-    except (ValueError, OSError, BrokenExecutor) as error:  # broken: a worker was killed
-        parser.error(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    print(", ".join(f"{number:,} {name}" for name, number in corpus.items()))
-    print(f"train on it: python gpt.py --data {shlex.quote(str(flags.out))}")
+    print(f"{corpus}\ntrain on it: python gpt.py --data {shlex.quote(str(flags.out))}")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")
     main()
