@@ -472,10 +472,6 @@ def training_step(model, optimizers, batches, config, step):
 # That is all that a GPT is, and how it learns. A first reading may stop here: what follows keeps a
 # run safe and makes it fast.
 
-
-# That is all that a GPT is, and how it learns. A first reading may stop here: what follows keeps a
-# run safe and makes it fast.
-
 # ================================ Part two: the craft ===========================================
 
 ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer")  # what the shapes of weights depend on
@@ -584,10 +580,11 @@ def load_checkpoint(path):
 def find_checkpoint(config):
     """(path, checkpoint) that a run starts from: its own, else that of init_from, else ("", {})."""
     path = config.out if os.path.exists(config.out) else config.init_from
-    box = [path, load_checkpoint(path) if path and RANK == 0 else {}]
+    saved = load_checkpoint(path) if path and RANK == 0 else {}
+    found = [path, saved]
     if WORLD > 1:  # all take what process 0 has found, so that only its machine needs the file
-        torch.distributed.broadcast_object_list(box, device=torch.device("cpu"))
-    return box
+        torch.distributed.broadcast_object_list(found, device=torch.device("cpu"))
+    return found
 
 
 def load_model(path, device="cpu"):
@@ -702,7 +699,7 @@ def train(config):
     corpus = describe(splits, tokenizer, config)
     say(f"corpus  {config.data or 'the Python documentation'}: {corpus}")
 
-    # A trained model is never overwritten by another one: what is saved must fit these settings.
+    # A trained model is never overwritten by another one: the checkpoint must fit these settings.
     if saved:
         old = {**saved["config"], "corpus": saved["corpus"]}
         new = {**asdict(config), "corpus": corpus}
@@ -831,9 +828,10 @@ def main(argv=None):
     parser = Parser(description=settings, formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)  # absent if not given
     for field in fields(Config):
-        bools = {"action": argparse.BooleanOptionalAction}  # --compile and --no-compile
-        kind = bools if field.type is bool else {"type": field.type}
-        parser.add_argument(f"--{field.name}", **kind)
+        if field.type is bool:  # --compile and --no-compile
+            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction)
+        else:
+            parser.add_argument(f"--{field.name}", type=field.type)
     parser.add_argument("--tune", action="store_true", help="find the fastest settings instead")
     flags = vars(parser.parse_args(argv))
     work = tune
