@@ -662,10 +662,10 @@ def sample(model, tokenizer, length):
 def describe(splits, tokenizer, config):
     """What a corpus is like, in words by which a run knows it again. The checksum is over the first
     8 million characters of each split, since all may be 40 GB."""
-    ids = np.concatenate([part[: 2**23] for part in splits.values()])
-    sizes = " + ".join(f"{len(part):,}" for part in splits.values())
-    unknown = np.mean(ids == tokenizer.unk)
-    text = (f"{sizes} characters, vocabulary {tokenizer.vocab_size:,}, {unknown:.2%} unknown, "
+    train, val = splits["train"], splits["val"]
+    ids = np.concatenate((train[: 2**23], val[: 2**23]))
+    text = (f"{len(train):,} characters to train on, {len(val):,} to validate, vocabulary "
+            f"{tokenizer.vocab_size:,}, {np.mean(ids == tokenizer.unk):.2%} unknown, "
             f"checksum {zlib.crc32(ids):08x}")
     if config.data.endswith(".jsonl"):
         lengths = np.diff(np.flatnonzero(ids == tokenizer.end), prepend=-1)  # from END to END
@@ -855,6 +855,8 @@ def main(argv=None):
             half, double = max(1, config.batch_size // 2), 2 * config.grad_accum
             raise ValueError(f"out of memory: try --batch_size {half} --grad_accum {double}, and "
                              "then a smaller block_size, n_embd or n_layer")
+    if WORLD > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
