@@ -39,18 +39,18 @@ class Config:
     max_iters: int = 900          # training steps in all
     n_embd: int = 128             # numbers that describe each character: C
     n_head: int = 4               # attention heads: H
-    n_layer: int = 4              # blocks on top of each other; 0 is a model without attention
-    dropout: float = 0.1          # share of activations (see FeedForward) turned off in training
-    optimizer: str = "adamw"      # adamw or muon
+    n_layer: int = 4              # layers (class Block) on top of each other; 0: no attention
+    dropout: float = 0.1          # share of the numbers between layers turned off in training
+    optimizer: str = "adamw"      # adamw or muon, which move the weights (see make_optimizers)
     learning_rate: float = 3e-3   # size of a training step at its largest
-    weight_decay: float = 0.02    # how strongly weights are pulled towards 0
+    weight_decay: float = 0.02    # how strongly weights are pulled to 0, against learning by heart
     warmup_iters: int = 100       # steps over which the learning rate climbs to its largest
-    grad_clip: float = 1.0        # gradients longer than this are shortened; 0 is never
+    grad_clip: float = 1.0        # gradients longer than this, all as one vector, are shortened
     eval_interval: int = 150      # steps between two evaluations, each of which saves
     eval_iters: int = 10          # batches that an evaluation reads of each split
     seed: int = 1337              # where the random numbers start
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or mps
-    dtype: str = "float32"        # float32, or bfloat16 with half the bits
+    dtype: str = "float32"        # float32, or bfloat16: half the bits, faster on some machines
     compile: bool = False         # let torch.compile turn the model into faster code
 
     def __post_init__(self):
@@ -71,23 +71,23 @@ class CharTokenizer:
         char_to_id = {char: id for id, char in enumerate(chars)}
         id_to_char = {id: char for id, char in enumerate(chars)}
     Two arrays hold the same here, and look up a whole text at once. A character's code is the
-    number that Unicode gives it (ord); UTF-32 writes a text as these numbers, four bytes each, and
-    surrogatepass lets through the few that are no characters.
+    number that Unicode gives it (ord); UTF-32 writes a text as these numbers, four bytes each. A
+    few of them, surrogates, are no characters; surrogatepass lets them through.
     chars: any iterable of characters; END and UNK are added."""
 
     def __init__(self, chars):
-        self.chars = "".join(sorted({*chars, END, UNK}))
+        self.chars = "".join(sorted(set(chars) | {END, UNK}))
         self.vocab_size = len(self.chars)
         self.end = self.chars.index(END)
         self.unk = self.chars.index(UNK)
         self.id_to_code = np.array([ord(char) for char in self.chars], "<u4")  # 4-byte integers
-        # A slot for each character of Unicode: all of them UNK at first, then ours get their ids.
+        # Index: a code of Unicode. Value: its id, at first UNK's, and then ours get their own.
         self.code_to_id = np.full(sys.maxunicode + 1, self.unk, np.uint16)
         self.code_to_id[self.id_to_code] = np.arange(self.vocab_size)
 
     def encode(self, text):
         """str -> ids, 1-D uint16. Characters outside the vocabulary become UNK; it never fails."""
-        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")  # "hi": 104, 105
         return self.code_to_id[codes]
 
     def decode(self, ids):
@@ -119,7 +119,7 @@ def read_pairs(path):
             pair = json.loads(line)
             documents.append(clean(pair["prompt"] + "\n" + pair["completion"]) + END)
         except (ValueError, TypeError, KeyError):
-            raise ValueError(f'{path}, line {number}: not {{"prompt": "...", "completion": "..."}}')
+            raise ValueError(f"{path}, line {number}: no object with prompt and completion texts")
     return "".join(documents)
 
 
@@ -130,25 +130,25 @@ def load_data(config, chars=""):
     homework did not have, or learning by heart would look like learning. A folder is what
     prepare_owt.py made of a corpus larger than memory: np.memmap looks like an array, but reads
     from its file only what is used (in pages of 4 KiB).
-    chars: the vocabulary of a model whose training goes on. ids: 1-D uint16, an array or a memmap.
-    ValueError if the corpus is too short or damaged, OSError if it cannot be read."""
+    chars: the vocabulary of the model that the run starts from, if any. ids: 1-D uint16, an array
+    or a memmap. ValueError if the corpus is too short or damaged, OSError if it cannot be read."""
     pairs = config.data.endswith(".jsonl")
     if os.path.isdir(config.data):
         tokenizer = CharTokenizer(json.loads(Path(config.data, "vocab.json").read_text("utf-8")))
         train = np.memmap(Path(config.data, "train.bin"), "<u2", "r")  # 2-byte integers, read only
         val = np.memmap(Path(config.data, "val.bin"), "<u2", "r")
     else:
-        text = read_pairs(config.data) if pairs else read_text(config.data) + END
+        text = read_pairs(config.data) if pairs else (read_text(config.data) + END)
         cut = int(0.9 * len(text))
         if pairs:
             cut = text.rfind(END, 0, cut) + 1  # back to where a pair ends
         tokenizer = CharTokenizer(chars or text)
         train = tokenizer.encode(text[:cut])
         val = tokenizer.encode(text[cut:])
-    if pairs:  # a few of them are a fair corpus: repeat them until a block fits
+    if pairs:  # even a few are accepted: they are repeated until a block fits
         train = np.tile(train, 1 + config.block_size // max(1, len(train)))
         val = np.tile(val, 1 + config.block_size // max(1, len(val)))
-    if chars and tokenizer.chars != chars:
+    if chars and tokenizer.chars != chars:  # only a folder has a vocabulary of its own
         raise ValueError(f"{config.data}: its vocabulary is not that of the model")
     if min(len(train), len(val)) <= config.block_size:
         raise ValueError(f"{config.data}: splits of {len(train)} and {len(val)} characters must be "
@@ -169,7 +169,7 @@ def get_batch(data, config, starts=None):
         starts = torch.randint(len(data) - config.block_size, (config.batch_size,)).numpy()
     places = starts[:, None] + np.arange(config.block_size + 1)  # (B, 1) + (T + 1,) -> (B, T + 1)
     blocks = torch.from_numpy(data[places].astype(np.int64))  # an id for each place: (B, T + 1)
-    if config.device == "cuda":  # pinned memory stays in place: a GPU copies from it by itself
+    if config.device == "cuda":  # from pinned memory a GPU copies while Python goes on
         blocks = blocks.pin_memory()
     blocks = blocks.to(config.device, non_blocking=config.device == "cuda")
     return blocks[:, :-1], blocks[:, 1:]
@@ -180,22 +180,24 @@ def get_batch(data, config, starts=None):
 class Head(nn.Module):
     """Self-attention: how a character looks at those before it (Vaswani et al. 2017).
 
-    A character is described by C numbers, x. Three learned mixes of them are its query ("what am I
-    looking for?"), its key ("what do I contain?") and its value ("what do I pass on?"). A query
-    times a key is a score for how well the two fit. The scores become shares, and each character
-    takes that mixture of the values. A recurrent network carries the past along step by step; here
-    all positions look back at once, which is what GPUs are good at.
-    q, k, v: (B, H, T, D), all heads in one call; MultiHeadAttention below makes them. The course
-    has a module for each head, with Linear layers of its own: the same numbers, more slowly."""
+    A character is described by C numbers, x. Three learned mixes of them (sums, with weights) are
+    its query ("what am I looking for?"), its key ("what do I contain?") and its value ("what do I
+    pass on?"). A query times a key is a score for how well the two fit. The scores become shares,
+    and each character takes that mixture of the values. A recurrent network carries the past along
+    step by step; here all positions look back at once, which is what GPUs are good at.
+    q, k, v: (B, H, T, D), made by MultiHeadAttention below: the C numbers of each are cut into H
+    pieces of D, one for each head, and one call does them all. The course has a module for each
+    head, with Linear layers of its own: the same numbers, more slowly."""
 
     def written_out(self, q, k, v):
         """What forward computes, step by step, for reading and for trying out with print."""
         T, D = q.shape[-2:]
         # In a matrix product each number is a row times a column, summed; the inner sizes must
-        # agree: (T, D) @ (D, T) -> (T, T), a score for each pair of positions.
+        # agree: (T, D) @ (D, T) -> (T, T), a score for each pair of positions. It is done for each
+        # of the B texts and H heads.
         scores = q @ k.transpose(-2, -1)                          # (B, H, T, T)
-        # A sum of D products, whose signs differ, grows like sqrt(D). With large scores softmax
-        # would pick one winner, and the others could not learn.
+        # A sum of D products grows like sqrt(D), since plus and minus partly cancel. With large
+        # scores softmax would pick one winner, and the others' shares and gradients be near 0.
         scores = scores / math.sqrt(D)
         # Position t sees positions 0 to t, the lower triangle: the rest is the future, which the
         # model is to predict. (The course keeps this constant mask in a register_buffer.)
@@ -206,15 +208,14 @@ class Head(nn.Module):
         return shares @ v                                         # (B, H, T, D)
 
     def forward(self, q, k, v):
-        # The same in one call, which never stores the T x T scores. It needs the mask (is_causal)
-        # unless there is one query only: generation's newest character may see every key (see
-        # GPT.stream). The course has dropout on the shares too: it gained nothing here, and makes
-        # a CPU slower.
+        # The same in one call, which never stores the T x T scores; is_causal is the mask. A single
+        # query, the newest character's in generation, needs none: it may see all keys. The course
+        # has dropout on the shares too: it gained nothing here, and makes a CPU slower.
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[-2] > 1)
 
 
 class Cache(dict):
-    """What generation keeps: {MultiHeadAttention: (keys, values)} of the characters read so far.
+    """What generation keeps: {attention module of a layer: (keys, values)} of the characters read.
     Nobody looks ahead, in any layer, so a later character cannot change the key and value of an
     earlier one. They are computed once: a new character costs 1 position's work, not T's."""
     length = 0  # how many characters have been read
@@ -240,6 +241,7 @@ class MultiHeadAttention(nn.Module):
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
         q, k, v = self.qkv(x).split(C, dim=2)        # (B, T, C) each
+        # C is cut into H pieces of D; then T and H change places, so that each head has its text.
         q = q.view(B, T, H, D).transpose(1, 2)       # (B, T, C) -> (B, T, H, D) -> (B, H, T, D)
         k = k.view(B, T, H, D).transpose(1, 2)
         v = v.view(B, T, H, D).transpose(1, 2)
@@ -255,12 +257,12 @@ class MultiHeadAttention(nn.Module):
 
 class FeedForward(nn.Sequential):
     """Linear, ReLU, Linear, run in turn by Sequential: each character thinks about what it has
-    seen. (B, T, C) -> (B, T, C).
+    seen. (B, T, C) -> (B, T, C), with 4 C in between, as is custom.
 
-    ReLU makes negative numbers 0; without it, two linear maps would be no more than one. (Sigmoid
-    and tanh bend too, but are flat for large inputs, and learn slowly there.) Dropout turns off
-    random activations, the numbers between layers, so that none can rely on another. It does so
-    in training only."""
+    ReLU makes negative numbers 0; without it, two linear maps would be one, since A(Bx) = (AB)x.
+    (Sigmoid and tanh bend too, but are flat for large inputs, where gradients are near 0.) Dropout
+    turns off random activations, the numbers between layers, so that none can rely on another. It
+    does so in training only."""
 
     def __init__(self, config):
         super().__init__(nn.Linear(config.n_embd, 4 * config.n_embd), nn.ReLU(),
@@ -271,11 +273,11 @@ class Block(nn.Module):
     """Attention, then feed-forward: one layer of the model. (B, T, C) -> (B, T, C).
 
     Each result is added to its input. This residual keeps what was known, and gives learning a
-    short way back to the first layers. The norm gives each character's C numbers mean 0 and
-    variance 1, so that sums keep one scale. Add, then norm is post-norm, as in the course; GPT-2
-    took pre-norm, x + sublayer(norm(x)).
-    The first Transformer translated: an encoder read one language, and its decoder, with
-    cross-attention to that, wrote the other. This is the decoder alone."""
+    short way back to the first layers, since gradients pass a sum unchanged. The norm gives each
+    character's C numbers mean 0 and variance 1, so that sums keep one scale. Here it follows the
+    sum: post-norm, as in the course. GPT-2 took pre-norm, x + sublayer(norm(x)).
+    The first Transformer translated: an encoder read one language, and a decoder wrote the other,
+    with cross-attention from the new text to the old. This is the decoder alone."""
 
     def __init__(self, config):
         super().__init__()
@@ -306,8 +308,8 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, vocab_size)
         # Matrices start at random, N(0, 0.02), normal with mean 0 and spread 0.02: different, so
-        # that neurons learn different things; small, so that signals and gradients neither explode
-        # nor vanish on their way through the layers.
+        # that neurons, the outputs of a layer, learn different things; small, so that signals and
+        # gradients neither explode nor vanish on their way through the layers. Norms start at 1.
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -318,10 +320,11 @@ class GPT(nn.Module):
         """index, targets: int64 (B, T), T <= block_size -> (logits (B, T, V), loss or None).
 
         Logits are scores; softmax makes shares of them. The loss is the cross-entropy, or negative
-        log likelihood: the mean of -ln(share of the character that came). An untrained model
-        guesses evenly, 1/V for each, which costs ln V: 4.38 for 80 characters. (Mean squared error
-        belongs to regression, where a quantity is to be met.)
-        With a cache, only what it does not hold yet is read, and has logits."""
+        log likelihood: the mean of -ln(share of the character that came). An untrained model's
+        scores are all near 0, so it guesses about evenly, 1/V for each, which costs ln V: 4.38 for
+        80 characters. (Mean squared error belongs to regression, where a quantity is to be met.)
+        With a cache, index is still the whole text, but only the part from cache.length on is read
+        and has logits."""
         end = index.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} characters do not fit: block_size is {self.config.block_size}")
@@ -335,7 +338,8 @@ class GPT(nn.Module):
         logits = self.lm_head(self.norm(x))                        # (B, T, V)
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())  # (B*T, V), (B*T,)
+        logits_in_a_row = logits.flatten(0, 1).float()             # (B*T, V), float32 in any case
+        loss = F.cross_entropy(logits_in_a_row, targets.flatten())
         return logits, loss
 
     @torch.no_grad()  # gradients are for learning only
@@ -344,9 +348,9 @@ class GPT(nn.Module):
 
         A temperature below 1 makes likely characters likelier (0 always takes the likeliest), one
         above 1 evens them out. top_k allows only the k likeliest. ValueError if they make no sense.
-        The model can see block_size characters. When they are full, say 8, the last 4 move to the
-        front. The cache held them at their old positions, so it is emptied, and the 4 are read
-        again; then there is room for 4 more. On average each costs the same, at any length."""
+        The model sees block_size characters. When there are more, say 9 instead of 8, all but the
+        last 4 are dropped. These 4 get positions 0 to 3; the cache has them elsewhere, so it is
+        emptied and they are read again. On average a new character costs the same at any length."""
         if not (index.shape[1] and temperature >= 0 and (top_k is None or top_k >= 1)):
             raise ValueError("generation needs a first character, temperature >= 0 and top_k >= 1")
         block_size = self.config.block_size
@@ -356,12 +360,13 @@ class GPT(nn.Module):
             if index.shape[1] > block_size:
                 index = index[:, -max(1, block_size // 2):]
                 cache = Cache()
-            logits, _ = self(index, cache=cache)                # (B, T, V)
+            logits, _ = self(index, cache=cache)                # (B, what was read, V)
             logits = logits[:, -1].float()                      # (B, V): only this guess is new
             logits = logits / max(temperature, 1e-6)
             if top_k:                                           # those below the k-th get share 0
                 likeliest = logits.topk(min(top_k, logits.shape[1])).values
-                logits = logits.masked_fill(logits < likeliest[:, -1:], -math.inf)
+                kth = likeliest[:, -1:]
+                logits = logits.masked_fill(logits < kth, -math.inf)
             shares = F.softmax(logits, dim=-1)
             drawn = torch.multinomial(shares, 1)                # (B, 1)
             index = torch.cat((index, drawn), dim=1)
@@ -369,7 +374,8 @@ class GPT(nn.Module):
 
     def generate(self, index, max_new_tokens, temperature=1.0, top_k=None):
         """index (B, T) with its continuation, (B, T + max_new_tokens). See stream."""
-        return torch.cat((index, *self.stream(index, max_new_tokens, temperature, top_k)), dim=1)
+        new = list(self.stream(index, max_new_tokens, temperature, top_k))
+        return torch.cat([index, *new], dim=1)
 
 
 # -------------------------------- learning ------------------------------------------------------
@@ -392,6 +398,7 @@ def estimate_loss(model, splits, config):
     means = {}
     for name, data in splits.items():
         last = len(data) - config.block_size - 1
+        # eval_iters * B places from the first to the last, then B of them for each batch
         starts = np.linspace(0, last, config.eval_iters * config.batch_size, dtype=np.int64)
         total = 0.0
         for batch_starts in np.split(starts, config.eval_iters):
@@ -409,34 +416,28 @@ def make_optimizers(model, config):
 
     A weight's gradient says how the loss changes if that weight grows a little. Gradient descent
     moves it the other way. Adam (Kingma and Ba 2014) keeps two running averages for each weight:
-    that of its gradients (momentum), which evens out their noise, and that of their squares (as in
-    RMSprop). A step is average / sqrt(average of squares), so that all weights move at a similar
-    pace. betas: how much of an average stays at each step: they reach back about 1 / (1 - beta)
-    steps, 10 and 100. fused: one call moves all weights. The W (Loshchilov and Hutter 2017) is
-    weight decay: each step also shrinks matrices a little, since large weights are the way to learn
-    by heart.
-
-    Muon (Jordan 2024), an option that a first reading can skip, is for the matrices of the blocks.
-    It makes their momentum roughly orthogonal: then a matrix moves about as far in each direction,
-    and none drowns the others. match_rms_adamw lets it use AdamW's learning rate."""
-    rate, decay = config.learning_rate, config.weight_decay
-    vectors = [p for p in model.parameters() if p.ndim == 1]
+        average = 0.9 * average + 0.1 * gradient            (momentum: it evens out the noise)
+        square = 0.99 * square + 0.01 * gradient ** 2       (as in RMSprop)
+        weight = weight - learning_rate * average / sqrt(square)
+    so that all weights move at a similar pace. 0.9 and 0.99 are its betas. The W (Loshchilov and
+    Hutter 2017) is weight decay: each step also shrinks matrices a little, since large weights are
+    the way to learn by heart. fused: one call moves all weights, instead of several for each."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
-    optimizers = []
-    if config.optimizer == "muon":
-        in_blocks = [{"params": [p for p in model.blocks.parameters() if p.ndim == 2]}]
-        optimizers = [torch.optim.Muon(in_blocks, rate, decay, adjust_lr_fn="match_rms_adamw")]
-        matrices = [model.tokens.weight, model.positions.weight, model.lm_head.weight]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, rate, betas=(0.9, 0.99), weight_decay=decay, fused=True)
-    return [adamw, *optimizers]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    muon = []
+    if config.optimizer == "muon":  # an option, in part two, which takes some of the matrices
+        matrices, muon = make_muon(model, config)
+    groups = [{"params": matrices, "weight_decay": config.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]  # a group has settings of its own
+    adamw = torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.99), fused=True)
+    return [adamw, *muon]
 
 
 def learning_rate(step, config):
     """How far a step of gradient descent goes: too far overshoots, too short crawls. It climbs
     while the optimizer's averages are still guesses, then falls to a tenth, to settle: the cosine
-    goes from 1 to -1, so the factor goes from 0.55 + 0.45 to 0.55 - 0.45. To find a good one, try a
-    few, a factor of 3 apart, for some hundred steps."""
+    goes from 1 to -1, and with it the factor from 1 to 0.1. To find a good one, try a few, a factor
+    of 3 apart, for some hundred steps."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
     progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
@@ -447,22 +448,23 @@ def training_step(model, optimizers, batches, config, step):
     """One step of gradient descent: forward, backward, step. Returns the mean loss, a tensor.
 
     backward finds the gradients of all weights in one pass, from the loss back to the first layer,
-    by the chain rule. batches: [(seed, x, y), ...]. More than one is gradient accumulation: their
-    gradients add up before the weights move, the same as one batch too large for memory.
+    by the chain rule. batches: [(seed for dropout, x, y), ...]. More than one is gradient
+    accumulation: their gradients add up before the weights move, as those of one batch would that
+    is too large for memory.
     Training is nothing but this, max_iters times, each time with fresh batches (see train)."""
     total = 0.0
     for seed, x, y in batches:
-        torch.manual_seed(seed)  # dropout draws from it; a step done again after a stop is the same
+        torch.manual_seed(seed)  # dropout draws from it, so that a step can be done again
         with autocast(config):
             logits, loss = model(x, y)
         loss = loss / len(batches)  # so that their sum is the mean
         loss.backward()
         total += loss.detach()  # the number alone, without what backward needs
-    # One odd batch must not throw the weights far: gradients that are too long are shortened (if
-    # grad_clip is 0, none are).
+    # One odd batch must not throw the weights far: gradients that are too long, all as one vector,
+    # are shortened (if grad_clip is 0, none are).
     nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
+        for group in optimizer.param_groups:  # those of make_optimizers
             group["lr"] = learning_rate(step, config)
         optimizer.step()
         optimizer.zero_grad()  # backward adds to what is there, so the next step must find zeros
@@ -492,11 +494,13 @@ def check(config):
         name, kind, value = field.name, field.type, getattr(config, field.name)
         lowest = 0 if kind is float or name in zero_is_fine else 1
         highest = {"dropout": 0.99, "n_layer": 1000}.get(name, 2**31)
-        if type(value) is not kind and (kind, type(value)) != (float, int):  # 1 will do for 1.0
+        if kind is float and type(value) is int:  # 1 will do for 1.0
+            value = float(value)
+        if type(value) is not kind:
             raise ValueError(f"{name} must be {kind.__name__}, not {value!r}")
         if kind in (int, float) and not lowest <= value <= highest:
             raise ValueError(f"{name} must be from {lowest} to {highest}, not {value}")
-        if value not in choices.get(name, (value,)):
+        if name in choices and value not in choices[name]:
             raise ValueError(f"{name} must be {' or '.join(choices[name])}, not {value!r}")
     if config.n_embd % config.n_head:
         raise ValueError(f"n_embd {config.n_embd} must be divisible by n_head {config.n_head}")
@@ -513,10 +517,12 @@ def choose_settings(flags):
         settings = dict(batch_size=64, block_size=256, max_iters=1500, n_embd=384, n_head=8,
                         n_layer=8, dropout=0.2, learning_rate=1e-3, warmup_iters=200, eval_iters=20,
                         dtype="bfloat16" if has_bfloat16 else "float32", compile=has_triton)
+    # A Config of the files alone, to learn what out is called.
     files = Config(**{name: flags.get(name, "") for name in ("data", "out", "init_from")})
     path, saved = find_checkpoint(files)
     for name, value in saved.get("config", {}).items():
-        if name in ARCHITECTURE or (path == files.out and name not in OF_THE_MACHINE):
+        resuming = path == files.out  # which takes all but the machine's
+        if name in ARCHITECTURE or (resuming and name not in OF_THE_MACHINE):
             settings[name] = value
     return Config(**{**settings, **flags, "out": files.out})
 
@@ -528,7 +534,8 @@ def save_checkpoint(path, checkpoint):
     the new one, whole. OSError if it cannot be written."""
     temporary = Path(f"{path}.{os.getpid()}.tmp").absolute()  # named after this process
     for old in temporary.parent.glob(f"{Path(path).name}.*.tmp"):
-        if not Path("/proc", old.suffixes[-2][1:]).exists():  # its process was killed
+        process = old.name.split(".")[-2]  # model.pkl.PROCESS.tmp; /proc lists those that run
+        if not Path("/proc", process).exists():
             old.unlink(missing_ok=True)
     try:
         with open(temporary, "wb") as file:
@@ -546,13 +553,14 @@ def restore(optimizers, states):
     """Gives optimizers their running averages back, in the shapes of the weights. A damaged file
     may hold smaller ones, and PyTorch's fused AdamW would write past their end: RuntimeError."""
     for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        settings = optimizer.state_dict()["param_groups"]  # ours stay, as learning rates
+        optimizer.load_state_dict({"state": state, "param_groups": settings})
         for p, averages in optimizer.state.items():
             # AdamW keeps the number of steps and two averages for each weight, Muon one.
             shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
             if isinstance(optimizer, torch.optim.Muon):
                 shapes = {"momentum_buffer": p.shape}
-            for name, shape in shapes.items():
+            for name, shape in shapes.items():  # reshape fails where the size is another
                 averages[name] = averages[name].reshape(shape).contiguous()
 
 
@@ -567,18 +575,19 @@ def load_checkpoint(path):
             saved = torch.load(file, map_location="cpu", weights_only=True)
             with torch.device("meta"):
                 model = GPT(Config(**saved["config"]), CharTokenizer(saved["chars"]).vocab_size)
-            model.load_state_dict(dict(saved["best"]), assign=True)  # do names and shapes fit?
+            # Do names and shapes fit? assign: weights without memory cannot be copied into.
+            model.load_state_dict(dict(saved["best"]), assign=True)
             model.load_state_dict(dict(saved["model"]), assign=True)
             restore(make_optimizers(model, model.config), saved["optimizer"])
             saved.update(step=int(saved["step"]), losses=dict(saved["losses"]),
-                         corpus=str(saved["corpus"]))
+                         corpus=str(saved["corpus"]))  # which fails where it is something else
         except Exception as error:
             raise ValueError(f"{path}: not a checkpoint of gpt.py, or damaged: {error!r:.150}")
     return saved
 
 
 def find_checkpoint(config):
-    """(path, checkpoint) that a run starts from: its own, else that of init_from, else ("", {})."""
+    """[path, checkpoint] that a run starts from: its own, else that of init_from, else ["", {}]."""
     path = config.out if os.path.exists(config.out) else config.init_from
     saved = load_checkpoint(path) if path and RANK == 0 else {}
     found = [path, saved]
@@ -614,7 +623,7 @@ def find_device(name):
 
 
 def build(config, vocab_size):
-    """(a new model on its device, its optimizers, the model in the form that trains fastest)."""
+    """(a new model on its device, its optimizers, and the same weights in a form for training)."""
     torch.manual_seed(config.seed)
     model = GPT(config, vocab_size).to(find_device(config.device))
     fast = torch.compile(model) if config.compile else model
@@ -623,10 +632,20 @@ def build(config, vocab_size):
     return model, make_optimizers(model, config), fast
 
 
+def make_muon(model, config):
+    """(the matrices that are left to AdamW, [Muon]). Muon (Jordan 2024) moves those of the blocks.
+    It makes their momentum roughly orthogonal: then a matrix moves about as far in each direction,
+    and none drowns the others. match_rms_adamw lets it use AdamW's learning rate."""
+    in_blocks = [{"params": [p for p in model.blocks.parameters() if p.ndim == 2]}]
+    muon = torch.optim.Muon(in_blocks, config.learning_rate, config.weight_decay,
+                            adjust_lr_fn="match_rms_adamw")
+    return [model.tokens.weight, model.positions.weight, model.lm_head.weight], [muon]
+
+
 def draw_batches(data, config, step):
     """This process's part of a step, [(seed, x, y), ...]. All random numbers follow from seed and
-    step: a resumed run draws what it would have drawn, several processes what one would. Of two
-    processes, the first takes batches 0, 2, 4 and so on, and the second the others."""
+    step: a resumed run draws what it would have drawn, and several processes together draw what one
+    would. Of two, the first takes batches 0, 2, 4 and so on, and the second the others."""
     draw = np.random.default_rng((config.seed, step))
     starts = draw.integers(0, len(data) - config.block_size, (config.grad_accum, config.batch_size))
     batches = []
@@ -638,8 +657,8 @@ def draw_batches(data, config, step):
 
 
 def printable(text):
-    """Text for a terminal: control characters, which could move its cursor, become UNK. Soft hyphen
-    (00ad), non-joiner (200c) and joiner (200d) stay, since words of some languages need them."""
+    """Text for a terminal: control characters, of category C, which could move its cursor, become
+    UNK. Soft hyphen, non-joiner and joiner stay, since words of some languages need them."""
     controls = {char for char in text if unicodedata.category(char).startswith("C")}
     return text.translate({ord(char): UNK for char in controls - set("\n\t\u00ad\u200c\u200d")})
 
@@ -660,20 +679,21 @@ def sample(model, tokenizer, length):
 
 
 def describe(splits, tokenizer, config):
-    """What a corpus is like, in words by which a run knows it again. The checksum is over the first
-    8 million characters of each split, since all may be 40 GB."""
+    """A line about a corpus, by which a resumed run knows it again. The checksum is over the first
+    8 million characters of each split, since a corpus can have 40 GB."""
     train, val = splits["train"], splits["val"]
     ids = np.concatenate((train[: 2**23], val[: 2**23]))
     text = (f"{len(train):,} characters to train on, {len(val):,} to validate, vocabulary "
             f"{tokenizer.vocab_size:,}, {np.mean(ids == tokenizer.unk):.2%} unknown, "
             f"checksum {zlib.crc32(ids):08x}")
     if config.data.endswith(".jsonl"):
-        lengths = np.diff(np.flatnonzero(ids == tokenizer.end), prepend=-1)  # from END to END
+        ends = np.flatnonzero(ids == tokenizer.end)
+        lengths = np.diff(ends, prepend=-1)  # ENDs at 3 and 7 are lengths of 4 and 4
         text += f", {np.mean(lengths > config.block_size):.1%} of pairs longer than block_size"
     return text
 
 
-STOP = threading.Event()  # set at Ctrl-C and SIGTERM, the signal by which systems end a program
+STOP = threading.Event()  # a flag, set at Ctrl-C and SIGTERM, by which systems end a program
 
 
 def ask_to_stop(number, frame):
@@ -694,7 +714,7 @@ def train(config):
     if config.grad_accum % WORLD:
         raise ValueError(f"grad_accum {config.grad_accum} must be divisible by {WORLD} processes")
     path, saved = find_checkpoint(config)
-    resuming = path == config.out
+    resuming = path == config.out  # else it is that of init_from, or ""
     splits, tokenizer = load_data(config, saved.get("chars", ""))
     corpus = describe(splits, tokenizer, config)
     say(f"corpus  {config.data or 'the Python documentation'}: {corpus}")
@@ -703,7 +723,7 @@ def train(config):
     if saved:
         old = {**saved["config"], "corpus": saved["corpus"]}
         new = {**asdict(config), "corpus": corpus}
-        for name in ARCHITECTURE + FIXED if resuming else ARCHITECTURE:
+        for name in (ARCHITECTURE + FIXED) if resuming else ARCHITECTURE:
             if old[name] != new[name]:
                 raise ValueError(f"{path} was trained with {name} {old[name]}, not {new[name]}: "
                                  f"leave the flag out or name another --out ({config.data=})")
@@ -711,7 +731,7 @@ def train(config):
     model, optimizers, fast = build(config, tokenizer.vocab_size)
     step = 0
     losses = {}  # step -> its losses
-    best = {}    # the weights with the lowest validation loss
+    best = {}    # the weights to chat with
     if resuming:
         step, losses, best = saved["step"], saved["losses"], saved["best"]
         model.load_state_dict(saved["model"])
@@ -723,11 +743,11 @@ def train(config):
         f"at step {step:,} of {config.max_iters:,}")
 
     bar = tqdm(total=config.max_iters, initial=step, disable=RANK > 0 or None, unit="char",
-               unit_scale=config.batch_size * config.grad_accum * config.block_size)
+               unit_scale=config.batch_size * config.grad_accum * config.block_size)  # of a step
     while True:
         stopping = STOP.is_set()
         due = step % config.eval_interval == 0 or step == config.max_iters
-        evaluating = due and step not in losses and RANK == 0
+        evaluating = due and step not in losses and RANK == 0  # unless done before a stop
         saving = evaluating or stopping
         if saving and not all(p.isfinite().all() for p in model.parameters()):
             raise ValueError(f"step {step}: weights are no numbers; lower --learning_rate")
@@ -738,7 +758,7 @@ def train(config):
             # rises while it learns, so of pairs the latest weights are kept.
             lowest = min(row["val"] for row in losses.values())
             if val_loss == lowest or config.data.endswith(".jsonl"):
-                best = copy.deepcopy(model.state_dict())
+                best = copy.deepcopy(model.state_dict())  # which training would change
             text = " ".join(sample(model, tokenizer, 60).split())
             say(f"step {step:6,d}   train {train_loss:.4f}   val {val_loss:.4f}   {text}")
         if saving:
@@ -813,7 +833,7 @@ class Parser(argparse.ArgumentParser):
 
     @contextmanager
     def mistakes(self):
-        """with parser.mistakes(): what the user must change ends here, and Ctrl-C, quietly."""
+        """In a with-block of this, a mistake of the user and Ctrl-C end without a traceback."""
         try:
             yield
         except (ValueError, OSError) as error:
@@ -840,6 +860,7 @@ def main(argv=None):
         signal.signal(signal.SIGINT, ask_to_stop)
         signal.signal(signal.SIGTERM, ask_to_stop)
     if WORLD > 1:
+        # How processes talk to each other: through gloo between CPUs, nccl between GPUs.
         backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backends)
     with parser.mistakes():
