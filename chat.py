@@ -69,7 +69,8 @@ def talk(chat, stats):
             print()
             continue
         except EOFError:
-            print(end="\n" if terminal else "")
+            if terminal:
+                print()
             return
         if line == "/quit":
             return
@@ -79,7 +80,7 @@ def talk(chat, stats):
             print("/clear forgets, /quit or Ctrl-D leaves, Ctrl-C stops an answer", file=sys.stderr)
         elif line or not chat.answers:  # with an empty line, a base model goes on
             if not terminal and not chat.answers:
-                print(gpt.printable(line), end="")  # a terminal shows what is typed
+                print(gpt.printable(line), end="")  # nobody has seen it yet
             chat.show(line, stats)
 
 
@@ -92,13 +93,14 @@ class Int8Linear(torch.nn.Module):
     def __init__(self, linear):
         super().__init__()
         weight = linear.weight.detach()                          # (out, in)
-        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out,)
+        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out,): the largest becomes 127
         self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
         self.register_buffer("scale", scale)
         self.bias = linear.bias
 
     def forward(self, x):
-        product = getattr(torch, "_weight_int8pack_mm", None)  # reads the 8 bits, by sixteens
+        # PyTorch's own product with 8-bit weights, where it has one, takes widths of 16, 32, 48 ...
+        product = getattr(torch, "_weight_int8pack_mm", None)
         if product and x.device.type == "cpu" and x.shape[-1] % 16 == 0:
             y = product(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], -1)
         else:
@@ -152,6 +154,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    for stream in filter(None, (sys.stdin, sys.stdout)):  # without a closed one
+    for stream in filter(None, (sys.stdin, sys.stdout)):  # one that is closed is None
         stream.reconfigure(errors="replace")
     main()

@@ -2,13 +2,13 @@
 
     python prepare_owt.py openwebtext.tar.xz --out data/owt
 
-OpenWebText is a tar of 20,610 shards, 40 GB of text; a shard is a tar, compressed with xz, of one
-.txt a document. A first pass writes text and counts characters; a second makes ids of the text.
+OpenWebText is a tar of 20,610 shards, 40 GB of text; a shard is a tar, packed by xz, with a .txt
+for each document. A first pass writes text and counts characters; a second makes ids of the text.
 """
 import io, json, lzma, multiprocessing, os, random, shlex, signal, sys, tarfile, tempfile, threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
-from itertools import chain, count, islice, repeat
+from itertools import count, islice, repeat
 from pathlib import Path
 import numpy as np
 from tqdm import tqdm
@@ -17,20 +17,19 @@ from gpt import END, UNK, CharTokenizer, Parser, clean
 
 
 def contents(name, file, unpack=False):
-    """Yields (name, content) for each part of an open file. A .txt gives pieces of text, then END.
-    A .tar or .tar.xz gives what is in it, and an .xz its bytes or, with unpack, what is in those.
-    ValueError names what is damaged. Nothing is extracted: no name in a tar can write anywhere."""
+    """Yields (name, content) for each part of an open file: for a .txt its text and END, for a tar
+    what is in it, for an .xz its bytes or, with unpack, what is in them. ValueError if damaged."""
     try:
         if name.endswith(".txt"):
-            while data := file.read(2**20) + file.readline():  # whole lines: no \r\n is cut in two
+            while data := file.read(2**20) + file.readline():  # whole lines, about 1 MB
                 yield name, clean(data.decode("utf-8-sig", "replace"))
             if file.tell() > 0:
                 yield name, END
         elif name.endswith((".tar", ".tar.xz")):
             tar = tarfile.open(fileobj=file, mode="r:xz" if name.endswith(".xz") else "r:")
-            while member := tar.next():
+            while member := tar.next():  # nothing is extracted, so no name can write anywhere
                 tar.members.clear()  # it would remember all of them
-                if member.isreg() and member.name.endswith((".txt", ".xz")):
+                if member.isreg() and member.name.endswith((".txt", ".xz")):  # a plain file
                     yield from contents(f"{name}: {member.name}", tar.extractfile(member), unpack)
             if tar.fileobj.read(512) != bytes(512):  # two blocks of zeros end a tar; one is read
                 raise EOFError("the end is missing")
@@ -48,13 +47,13 @@ def contents(name, file, unpack=False):
 def write_text(number, part, folder):
     """First pass, in a worker: writes a part's text; returns how often each character is in it."""
     name, text = part
-    if isinstance(text, bytes):
+    if isinstance(text, bytes):  # an .xz: workers share the work of unpacking
         text = "".join(piece for _, piece in contents(name, io.BytesIO(text), unpack=True))
     (folder / str(number)).write_bytes(text.encode())
     counts = Counter()
     for start in range(0, len(text), 2**16):  # little at a time, which a processor's cache holds
         found = np.bincount(np.frombuffer(text[start : start + 2**16].encode("utf-32-le"), "<u4"))
-        for code in np.flatnonzero(found):
+        for code in np.flatnonzero(found):  # found[65] is how often "A" occurs
             counts[chr(code)] += int(found[code])
     return counts
 
@@ -64,7 +63,7 @@ def write_ids(number, start, folder, chars):
     tokenizer = CharTokenizer(chars)
     path = folder / str(number)
     with open(path, encoding="utf-8", newline="") as text, open(folder / "train.bin", "r+b") as ids:
-        ids.seek(2 * start)  # two bytes an id
+        ids.seek(2 * start)  # two bytes an id; other workers write other places
         while piece := text.read(2**16):
             ids.write(tokenizer.encode(piece))
     path.unlink()
@@ -73,7 +72,7 @@ def write_ids(number, start, folder, chars):
 def start_worker():
     """A worker leaves Ctrl-C to its parent, and ends when that is gone, even if it was killed."""
     def end_with_parent():
-        multiprocessing.parent_process().join()
+        multiprocessing.parent_process().join()  # returns when the parent is gone
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -84,12 +83,12 @@ def prepare(files, folder, flags):
     counts = Counter()  # {character: how often it occurs}
     starts = []  # of each file of text, in characters
     bar = tqdm(total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, disable=None)
-    def in_sample(part):
+    def in_sample(part):  # the same name and seed always give the same answer
         return random.Random(f"{flags.seed} {part[0]}").random() < flags.sample
-    opened = (CallbackIOWrapper(bar.update, path.open("rb"), "read") for path in files)
-    parts = chain.from_iterable(map(contents, map(str, files), opened))  # read only when asked for
+    parts = (part for path in files for part in contents(  # each read moves the bar
+        str(path), CallbackIOWrapper(bar.update, path.open("rb"), "read")))
     with bar, ProcessPoolExecutor(flags.workers, initializer=start_worker) as pool:
-        while group := list(islice(filter(in_sample, parts), 32 * flags.workers)):
+        while group := list(islice(filter(in_sample, parts), 32 * flags.workers)):  # the next ones
             for found in pool.map(write_text, count(len(starts)), group, repeat(folder)):
                 starts.append(counts.total())
                 counts.update(found)
@@ -103,7 +102,8 @@ def prepare(files, folder, flags):
         list(pool.map(write_ids, count(), starts, repeat(folder), repeat(tokenizer.chars)))
     ids = np.memmap(folder / "train.bin", "<u2", "r")
     cut = int((1 - flags.val_fraction) * len(ids))  # where load_data cuts a text
-    cut -= int(np.argmax(ids[:cut][: -(2**24) : -1] == tokenizer.end))  # to an END, if one is near
+    is_end = ids[:cut][: -(2**24) : -1] == tokenizer.end  # from there backwards, 16 million ids
+    cut -= int(np.argmax(is_end))  # argmax finds the first True; if there is none, it is 0
     ids[cut:].tofile(folder / "val.bin")
     del ids  # Windows shortens no file that is mapped
     os.truncate(folder / "train.bin", 2 * cut)
