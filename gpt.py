@@ -534,8 +534,8 @@ def save_checkpoint(path, checkpoint):
     the new one, whole. OSError if it cannot be written."""
     temporary = Path(f"{path}.{os.getpid()}.tmp").absolute()  # named after this process
     for old in temporary.parent.glob(f"{Path(path).name}.*.tmp"):
-        process = old.name.split(".")[-2]  # model.pkl.PROCESS.tmp; /proc lists those that run
-        if not Path("/proc", process).exists():
+        process = old.name.split(".")[-2]  # model.pkl.PROCESS.tmp; on Linux /proc lists the living
+        if Path("/proc/self").exists() and not Path("/proc", process).exists():
             old.unlink(missing_ok=True)
     try:
         with open(temporary, "wb") as file:
