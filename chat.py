@@ -80,7 +80,7 @@ def talk(chat, stats):
             print("/clear forgets, /quit or Ctrl-D leaves, Ctrl-C stops an answer", file=sys.stderr)
         elif line or not chat.answers:  # with an empty line, a base model goes on
             if not terminal and not chat.answers:
-                print(gpt.printable(line), end="")  # nobody has seen it yet
+                print(gpt.printable(line), end="")  # from a pipe: it is not on screen
             chat.show(line, stats)
 
 
@@ -94,6 +94,7 @@ class Int8Linear(torch.nn.Module):
         super().__init__()
         weight = linear.weight.detach()                          # (out, in)
         scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out,): the largest becomes 127
+        # A buffer is saved and moved with the module, but not learned.
         self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
         self.register_buffer("scale", scale)
         self.bias = linear.bias

@@ -81,7 +81,7 @@ class CharTokenizer:
         self.end = self.chars.index(END)
         self.unk = self.chars.index(UNK)
         self.id_to_code = np.array([ord(char) for char in self.chars], "<u4")  # 4-byte integers
-        # Index: a code of Unicode. Value: its id, at first UNK's, and then ours get their own.
+        # Each code of Unicode first gets UNK's id, then those in the vocabulary get their own.
         self.code_to_id = np.full(sys.maxunicode + 1, self.unk, np.uint16)
         self.code_to_id[self.id_to_code] = np.arange(self.vocab_size)
 
@@ -145,10 +145,10 @@ def load_data(config, chars=""):
         tokenizer = CharTokenizer(chars or text)
         train = tokenizer.encode(text[:cut])
         val = tokenizer.encode(text[cut:])
-    if pairs:  # even a few are accepted: they are repeated until a block fits
+    if pairs:  # a few are repeated until a block fits: of 50 ids, 3 copies make more than 128
         train = np.tile(train, 1 + config.block_size // max(1, len(train)))
         val = np.tile(val, 1 + config.block_size // max(1, len(val)))
-    if chars and tokenizer.chars != chars:  # only a folder has a vocabulary of its own
+    if chars and tokenizer.chars != chars:  # a folder, whose ids are made already
         raise ValueError(f"{config.data}: its vocabulary is not that of the model")
     if min(len(train), len(val)) <= config.block_size:
         raise ValueError(f"{config.data}: splits of {len(train)} and {len(val)} characters must be "
@@ -196,8 +196,9 @@ class Head(nn.Module):
         # agree: (T, D) @ (D, T) -> (T, T), a score for each pair of positions. It is done for each
         # of the B texts and H heads.
         scores = q @ k.transpose(-2, -1)                          # (B, H, T, T)
-        # A sum of D products grows like sqrt(D), since plus and minus partly cancel. With large
-        # scores softmax would pick one winner, and the others' shares and gradients be near 0.
+        # A sum of D products grows like sqrt(D), since plus and minus partly cancel (100 tosses for
+        # +1 or -1 give some 10, not 100). With large scores softmax would pick one winner, and the
+        # others' shares and gradients would be near 0.
         scores = scores / math.sqrt(D)
         # Position t sees positions 0 to t, the lower triangle: the rest is the future, which the
         # model is to predict. (The course keeps this constant mask in a register_buffer.)
@@ -208,9 +209,9 @@ class Head(nn.Module):
         return shares @ v                                         # (B, H, T, D)
 
     def forward(self, q, k, v):
-        # The same in one call, which never stores the T x T scores; is_causal is the mask. A single
-        # query, the newest character's in generation, needs none: it may see all keys. The course
-        # has dropout on the shares too: it gained nothing here, and makes a CPU slower.
+        # The same in one call, which never stores the T x T scores; is_causal is the mask. (With
+        # the Cache below, only the newest character asks. A single query needs no mask: it may see
+        # all keys.) The course has dropout on the shares too: it gained nothing, and costs time.
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[-2] > 1)
 
 
@@ -246,7 +247,7 @@ class MultiHeadAttention(nn.Module):
         k = k.view(B, T, H, D).transpose(1, 2)
         v = v.view(B, T, H, D).transpose(1, 2)
         if cache is not None:                        # in generation only
-            if self in cache:                        # old keys and values first, then the new
+            if self in cache:                        # this layer's: old ones first, then new
                 k = torch.cat((cache[self][0], k), dim=2)
                 v = torch.cat((cache[self][1], v), dim=2)
             cache[self] = (k, v)
@@ -349,8 +350,9 @@ class GPT(nn.Module):
         A temperature below 1 makes likely characters likelier (0 always takes the likeliest), one
         above 1 evens them out. top_k allows only the k likeliest. ValueError if they make no sense.
         The model sees block_size characters. When there are more, say 9 instead of 8, all but the
-        last 4 are dropped. These 4 get positions 0 to 3; the cache has them elsewhere, so it is
-        emptied and they are read again. On average a new character costs the same at any length."""
+        last 4 are dropped. These get new positions, 0 to 3, so what the cache holds of them is
+        wrong: it is emptied, and they are read again. On average a new character costs the same at
+        any length."""
         if not (index.shape[1] and temperature >= 0 and (top_k is None or top_k >= 1)):
             raise ValueError("generation needs a first character, temperature >= 0 and top_k >= 1")
         block_size = self.config.block_size
@@ -449,8 +451,8 @@ def training_step(model, optimizers, batches, config, step):
 
     backward finds the gradients of all weights in one pass, from the loss back to the first layer,
     by the chain rule. batches: [(seed for dropout, x, y), ...]. More than one is gradient
-    accumulation: their gradients add up before the weights move, as those of one batch would that
-    is too large for memory.
+    accumulation: their gradients add up before the weights move. That gives the gradients of one
+    large batch, which would not fit into memory.
     Training is nothing but this, max_iters times, each time with fresh batches (see train)."""
     total = 0.0
     for seed, x, y in batches:
@@ -477,7 +479,7 @@ def training_step(model, optimizers, batches, config, step):
 # ================================ Part two: the craft ===========================================
 
 ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer")  # what the shapes of weights depend on
-FIXED = ("optimizer", "seed", "init_from", "corpus")          # what else a run cannot change midway
+FIXED = ("optimizer", "seed", "init_from", "corpus")          # what a run cannot change midway
 OF_THE_MACHINE = ("out", "device", "dtype", "compile")        # what a checkpoint does not decide
 
 # torchrun, PyTorch's starter, runs WORLD processes that train together, each with its RANK. Without
@@ -509,7 +511,8 @@ def check(config):
 
 def choose_settings(flags):
     """{name: value} of the flags given -> Config. A flag beats the checkpoint, and that beats the
-    device's defaults. A checkpoint to fine-tune decides the architecture only."""
+    device's defaults. A run that goes on takes all of its checkpoint but OF_THE_MACHINE, one that
+    fine-tunes takes the ARCHITECTURE."""
     settings = {}  # for a CPU, the values in Config are right
     if flags.get("device", Config.device) == "cuda":
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -517,11 +520,11 @@ def choose_settings(flags):
         settings = dict(batch_size=64, block_size=256, max_iters=1500, n_embd=384, n_head=8,
                         n_layer=8, dropout=0.2, learning_rate=1e-3, warmup_iters=200, eval_iters=20,
                         dtype="bfloat16" if has_bfloat16 else "float32", compile=has_triton)
-    # A Config of the files alone, to learn what out is called.
+    # The checkpoint must be read first, and check() knows what it is called.
     files = Config(**{name: flags.get(name, "") for name in ("data", "out", "init_from")})
     path, saved = find_checkpoint(files)
     for name, value in saved.get("config", {}).items():
-        resuming = path == files.out  # which takes all but the machine's
+        resuming = path == files.out
         if name in ARCHITECTURE or (resuming and name not in OF_THE_MACHINE):
             settings[name] = value
     return Config(**{**settings, **flags, "out": files.out})
@@ -533,6 +536,7 @@ def save_checkpoint(path, checkpoint):
     """Writes a dict of plain values and tensors. Killed at any instant, it leaves the old file or
     the new one, whole. OSError if it cannot be written."""
     temporary = Path(f"{path}.{os.getpid()}.tmp").absolute()  # named after this process
+    # First goes what killed processes have left.
     for old in temporary.parent.glob(f"{Path(path).name}.*.tmp"):
         process = old.name.split(".")[-2]  # model.pkl.PROCESS.tmp; on Linux /proc lists the living
         if Path("/proc/self").exists() and not Path("/proc", process).exists():
@@ -553,14 +557,14 @@ def restore(optimizers, states):
     """Gives optimizers their running averages back, in the shapes of the weights. A damaged file
     may hold smaller ones, and PyTorch's fused AdamW would write past their end: RuntimeError."""
     for optimizer, state in zip(optimizers, states, strict=True):
-        settings = optimizer.state_dict()["param_groups"]  # ours stay, as learning rates
+        settings = optimizer.state_dict()["param_groups"]  # of this run, not of the file
         optimizer.load_state_dict({"state": state, "param_groups": settings})
         for p, averages in optimizer.state.items():
             # AdamW keeps the number of steps and two averages for each weight, Muon one.
             shapes = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
             if isinstance(optimizer, torch.optim.Muon):
                 shapes = {"momentum_buffer": p.shape}
-            for name, shape in shapes.items():  # reshape fails where the size is another
+            for name, shape in shapes.items():  # reshape fails if the file has another size
                 averages[name] = averages[name].reshape(shape).contiguous()
 
 
@@ -575,7 +579,8 @@ def load_checkpoint(path):
             saved = torch.load(file, map_location="cpu", weights_only=True)
             with torch.device("meta"):
                 model = GPT(Config(**saved["config"]), CharTokenizer(saved["chars"]).vocab_size)
-            # Do names and shapes fit? assign: weights without memory cannot be copied into.
+            # A trial, whose results are thrown away: do names and shapes fit? assign=True puts the
+            # file's tensors into the model, since those without memory cannot be copied into.
             model.load_state_dict(dict(saved["best"]), assign=True)
             model.load_state_dict(dict(saved["model"]), assign=True)
             restore(make_optimizers(model, model.config), saved["optimizer"])
@@ -591,7 +596,7 @@ def find_checkpoint(config):
     path = config.out if os.path.exists(config.out) else config.init_from
     saved = load_checkpoint(path) if path and RANK == 0 else {}
     found = [path, saved]
-    if WORLD > 1:  # all take what process 0 has found, so that only its machine needs the file
+    if WORLD > 1:  # overwrites found in the others: only process 0's machine needs the file
         torch.distributed.broadcast_object_list(found, device=torch.device("cpu"))
     return found
 
@@ -634,8 +639,8 @@ def build(config, vocab_size):
 
 def make_muon(model, config):
     """(the matrices that are left to AdamW, [Muon]). Muon (Jordan 2024) moves those of the blocks.
-    It makes their momentum roughly orthogonal: then a matrix moves about as far in each direction,
-    and none drowns the others. match_rms_adamw lets it use AdamW's learning rate."""
+    It evens out their momentum (makes it roughly orthogonal), so that a matrix moves about as far
+    in each direction. match_rms_adamw lets it use AdamW's learning rate."""
     in_blocks = [{"params": [p for p in model.blocks.parameters() if p.ndim == 2]}]
     muon = torch.optim.Muon(in_blocks, config.learning_rate, config.weight_decay,
                             adjust_lr_fn="match_rms_adamw")
@@ -659,8 +664,9 @@ def draw_batches(data, config, step):
 def printable(text):
     """Text for a terminal: control characters, of category C, which could move its cursor, become
     UNK. Soft hyphen, non-joiner and joiner stay, since words of some languages need them."""
+    allowed = set("\n\t\u00ad\u200c\u200d")
     controls = {char for char in text if unicodedata.category(char).startswith("C")}
-    return text.translate({ord(char): UNK for char in controls - set("\n\t\u00ad\u200c\u200d")})
+    return text.translate({ord(char): UNK for char in controls - allowed})
 
 
 def say(line):
@@ -670,7 +676,7 @@ def say(line):
 
 
 def sample(model, tokenizer, length):
-    """Some text that the model writes now. Its random numbers have no effect on training."""
+    """Some text that the model writes now. Training is not disturbed: it seeds every batch anew."""
     torch.manual_seed(model.config.seed)
     start = torch.tensor([[tokenizer.end]], device=model.config.device)
     ids = model.eval().generate(start, length, temperature=0.8)[0, 1:]
@@ -742,12 +748,14 @@ def train(config):
     say(f"model   {size:,} parameters on {config.device} in {config.dtype}, {config.out}, "
         f"at step {step:,} of {config.max_iters:,}")
 
+    # None hides the bar where there is no terminal. It counts characters, of which a step has many.
     bar = tqdm(total=config.max_iters, initial=step, disable=RANK > 0 or None, unit="char",
-               unit_scale=config.batch_size * config.grad_accum * config.block_size)  # of a step
+               unit_scale=config.batch_size * config.grad_accum * config.block_size)
     while True:
         stopping = STOP.is_set()
         due = step % config.eval_interval == 0 or step == config.max_iters
-        evaluating = due and step not in losses and RANK == 0  # unless done before a stop
+        # A run that was stopped just after an evaluation has it in losses already.
+        evaluating = due and step not in losses and RANK == 0
         saving = evaluating or stopping
         if saving and not all(p.isfinite().all() for p in model.parameters()):
             raise ValueError(f"step {step}: weights are no numbers; lower --learning_rate")
@@ -833,7 +841,7 @@ class Parser(argparse.ArgumentParser):
 
     @contextmanager
     def mistakes(self):
-        """In a with-block of this, a mistake of the user and Ctrl-C end without a traceback."""
+        """In a with-block of this, which runs at yield, a user's mistake ends without traceback."""
         try:
             yield
         except (ValueError, OSError) as error:
@@ -844,7 +852,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv=None):
     """Each field of Config is a flag; --help shows them as they stand above."""
-    settings = inspect.getsource(Config).partition("\n\n")[0]  # the text of the class, above
+    settings = inspect.getsource(Config).partition("\n\n")[0]  # the text of the class
     parser = Parser(description=settings, formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)  # absent if not given
     for field in fields(Config):

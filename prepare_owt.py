@@ -31,7 +31,7 @@ def contents(name, file, unpack=False):
                 tar.members.clear()  # it would remember all of them
                 if member.isreg() and member.name.endswith((".txt", ".xz")):  # a plain file
                     yield from contents(f"{name}: {member.name}", tar.extractfile(member), unpack)
-            if tar.fileobj.read(512) != bytes(512):  # two blocks of zeros end a tar; one is read
+            if tar.fileobj.read(512) != bytes(512):  # a tar ends with two; next has read one
                 raise EOFError("the end is missing")
             tar.fileobj.read()  # only at its end is an .xz known to be whole
         elif unpack:
@@ -72,7 +72,7 @@ def write_ids(number, start, folder, chars):
 def start_worker():
     """A worker leaves Ctrl-C to its parent, and ends when that is gone, even if it was killed."""
     def end_with_parent():
-        multiprocessing.parent_process().join()  # returns when the parent is gone
+        multiprocessing.parent_process().join()  # waits until it is gone
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -88,7 +88,7 @@ def prepare(files, folder, flags):
     parts = (part for path in files for part in contents(  # each read moves the bar
         str(path), CallbackIOWrapper(bar.update, path.open("rb"), "read")))
     with bar, ProcessPoolExecutor(flags.workers, initializer=start_worker) as pool:
-        while group := list(islice(filter(in_sample, parts), 32 * flags.workers)):  # the next ones
+        while group := list(islice(filter(in_sample, parts), 32 * flags.workers)):  # the next
             for found in pool.map(write_text, count(len(starts)), group, repeat(folder)):
                 starts.append(counts.total())
                 counts.update(found)
@@ -102,8 +102,8 @@ def prepare(files, folder, flags):
         list(pool.map(write_ids, count(), starts, repeat(folder), repeat(tokenizer.chars)))
     ids = np.memmap(folder / "train.bin", "<u2", "r")
     cut = int((1 - flags.val_fraction) * len(ids))  # where load_data cuts a text
-    is_end = ids[:cut][: -(2**24) : -1] == tokenizer.end  # from there backwards, 16 million ids
-    cut -= int(np.argmax(is_end))  # argmax finds the first True; if there is none, it is 0
+    is_end = ids[max(0, cut - 2**24) : cut] == tokenizer.end  # in the 16 million ids before
+    cut -= int(np.argmax(is_end[::-1]))  # back to the last True, if there is one: else argmax is 0
     ids[cut:].tofile(folder / "val.bin")
     del ids  # Windows shortens no file that is mapped
     os.truncate(folder / "train.bin", 2 * cut)
