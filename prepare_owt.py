@@ -5,7 +5,7 @@
 OpenWebText is a tar of 20,610 shards, 40 GB of text; a shard is a tar, packed by xz, with a .txt
 for each document. A first pass writes text and counts characters; a second makes ids of the text.
 """
-import io, json, lzma, multiprocessing, os, random, shlex, signal, sys, tarfile, tempfile, threading
+import io, json, lzma, multiprocessing, os, random, shlex, signal, tarfile, tempfile, threading
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from itertools import count, islice, repeat
