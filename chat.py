@@ -7,7 +7,6 @@
 """
 import os, sys, time
 from contextlib import suppress
-
 import torch
 import gpt
 
@@ -85,10 +84,9 @@ def talk(chat, stats):
 
 
 class Int8Linear(torch.nn.Module):
-    """An nn.Linear with 8 bits a weight: whole numbers from -127 to 127, and a scale for each row.
-    Fewer bits take less memory, and generation mostly waits for weights to come from memory. 8 bits
-    lose nothing that can be measured here; 4, as in QLoRA (Dettmers et al. 2023), halve the memory
-    again, at some cost."""
+    """An nn.Linear with 8 bits a weight, whole numbers from -127 to 127, and a scale for each row:
+    generation mostly waits for weights to come from memory. 8 bits lose nothing that can be
+    measured here; 4, as in QLoRA (Dettmers et al. 2023), halve the memory again, at some cost."""
 
     def __init__(self, linear):
         super().__init__()
@@ -136,7 +134,7 @@ def main(argv=None):
     torch.manual_seed(flags.seed % 2**63)
     if not os.path.exists(flags.model):
         parser.error(f"{flags.model}: no such model; python gpt.py makes one")
-    with parser.mistakes():
+    try:
         model, tokenizer, config = gpt.load_model(flags.model, flags.device)
         if flags.int8:
             before = sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20
@@ -152,6 +150,8 @@ def main(argv=None):
         else:
             print(gpt.printable(flags.prompt), end="\n" if chat.answers else "")
             chat.show(flags.prompt, flags.stats)
+    except (ValueError, OSError) as error:
+        parser.error(error)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,9 @@ and makes it fast; skip it on a first reading. Letters in comments are sizes:
     T  time: characters in each text            D  head size, C / H
     C  channels: numbers for each character     V  vocabulary: different characters
 """
-import argparse, copy, importlib.util, inspect, itertools, json, math, os, shlex, signal, sys
-import threading, time, unicodedata, zlib
-from contextlib import contextmanager
+import argparse, inspect, itertools, json, math, os, re, shlex, signal, sys, threading, time, zlib
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -70,9 +69,9 @@ class CharTokenizer:
     the reverse, and subwords (as in GPT-2) are the compromise. The course has two dictionaries:
         char_to_id = {char: id for id, char in enumerate(chars)}
         id_to_char = {id: char for id, char in enumerate(chars)}
-    Two arrays hold the same here, and look up a whole text at once. A character's code is the
-    number that Unicode gives it (ord); UTF-32 writes a text as these numbers, four bytes each. A
-    few of them, surrogates, are no characters; surrogatepass lets them through.
+    Here the string chars serves as the second, and as the first an array that looks up a whole text
+    at once. A character's place in it is its code, the number that Unicode gives it (ord); UTF-32
+    writes a text as these codes, four bytes each, and surrogatepass lets even odd ones through.
     chars: any iterable of characters; END and UNK are added."""
 
     def __init__(self, chars):
@@ -80,10 +79,9 @@ class CharTokenizer:
         self.vocab_size = len(self.chars)
         self.end = self.chars.index(END)
         self.unk = self.chars.index(UNK)
-        self.id_to_code = np.array([ord(char) for char in self.chars], "<u4")  # 4-byte integers
-        # Each code of Unicode first gets UNK's id, then those in the vocabulary get their own.
+        # Every code of Unicode first gets UNK's id, then those of the vocabulary get their own.
         self.code_to_id = np.full(sys.maxunicode + 1, self.unk, np.uint16)
-        self.code_to_id[self.id_to_code] = np.arange(self.vocab_size)
+        self.code_to_id[[ord(char) for char in self.chars]] = np.arange(self.vocab_size)
 
     def encode(self, text):
         """str -> ids, 1-D uint16. Characters outside the vocabulary become UNK; it never fails."""
@@ -92,8 +90,7 @@ class CharTokenizer:
 
     def decode(self, ids):
         """Ids, a list or an integer array -> str."""
-        codes = self.id_to_code[np.asarray(ids, np.int64)]
-        return codes.tobytes().decode("utf-32-le", "surrogatepass")
+        return "".join(self.chars[id] for id in ids)
 
 
 def clean(text):
@@ -132,24 +129,21 @@ def load_data(config, chars=""):
     from its file only what is used (in pages of 4 KiB).
     chars: the vocabulary of the model that the run starts from, if any. ids: 1-D uint16, an array
     or a memmap. ValueError if the corpus is too short or damaged, OSError if it cannot be read."""
-    pairs = config.data.endswith(".jsonl")
     if os.path.isdir(config.data):
         tokenizer = CharTokenizer(json.loads(Path(config.data, "vocab.json").read_text("utf-8")))
         train = np.memmap(Path(config.data, "train.bin"), "<u2", "r")  # 2-byte integers, read only
         val = np.memmap(Path(config.data, "val.bin"), "<u2", "r")
     else:
+        pairs = config.data.endswith(".jsonl")
         text = read_pairs(config.data) if pairs else (read_text(config.data) + END)
         cut = int(0.9 * len(text))
         if pairs:
             cut = text.rfind(END, 0, cut) + 1  # back to where a pair ends
         tokenizer = CharTokenizer(chars or text)
-        train = tokenizer.encode(text[:cut])
-        val = tokenizer.encode(text[cut:])
-    if pairs:  # a few are repeated until a block fits: of 50 ids, 3 copies make more than 128
-        train = np.tile(train, 1 + config.block_size // max(1, len(train)))
-        val = np.tile(val, 1 + config.block_size // max(1, len(val)))
-    if chars and tokenizer.chars != chars:  # a folder, whose ids are made already
-        raise ValueError(f"{config.data}: its vocabulary is not that of the model")
+        train, val = np.split(tokenizer.encode(text), [cut])
+        if pairs:  # a few are repeated until a block fits: of 50 ids, 3 copies make more than 128
+            train = np.tile(train, 1 + config.block_size // max(1, len(train)))
+            val = np.tile(val, 1 + config.block_size // max(1, len(val)))
     if min(len(train), len(val)) <= config.block_size:
         raise ValueError(f"{config.data}: splits of {len(train)} and {len(val)} characters must be "
                          f"longer than block_size {config.block_size}: lower it or add text")
@@ -232,6 +226,8 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd {config.n_embd} must be divisible by n_head {config.n_head}")
         self.n_head = config.n_head
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # q, k, v of all heads
         self.head = Head()
@@ -348,13 +344,11 @@ class GPT(nn.Module):
         """Continues index, int64 (B, T) with T >= 1: yields one new character at a time, (B, 1).
 
         A temperature below 1 makes likely characters likelier (0 always takes the likeliest), one
-        above 1 evens them out. top_k allows only the k likeliest. ValueError if they make no sense.
+        above 1 evens them out. top_k allows only the k likeliest.
         The model sees block_size characters. When there are more, say 9 instead of 8, all but the
         last 4 are dropped. These get new positions, 0 to 3, so what the cache holds of them is
         wrong: it is emptied, and they are read again. On average a new character costs the same at
         any length."""
-        if not (index.shape[1] and temperature >= 0 and (top_k is None or top_k >= 1)):
-            raise ValueError("generation needs a first character, temperature >= 0 and top_k >= 1")
         block_size = self.config.block_size
         index = index[:, -block_size:]                          # crop to what the model can see
         cache = Cache()
@@ -366,8 +360,7 @@ class GPT(nn.Module):
             logits = logits[:, -1].float()                      # (B, V): only this guess is new
             logits = logits / max(temperature, 1e-6)
             if top_k:                                           # those below the k-th get share 0
-                likeliest = logits.topk(min(top_k, logits.shape[1])).values
-                kth = likeliest[:, -1:]
+                kth = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, -math.inf)
             shares = F.softmax(logits, dim=-1)
             drawn = torch.multinomial(shares, 1)                # (B, 1)
@@ -376,8 +369,7 @@ class GPT(nn.Module):
 
     def generate(self, index, max_new_tokens, temperature=1.0, top_k=None):
         """index (B, T) with its continuation, (B, T + max_new_tokens). See stream."""
-        new = list(self.stream(index, max_new_tokens, temperature, top_k))
-        return torch.cat([index, *new], dim=1)
+        return torch.cat([index, *self.stream(index, max_new_tokens, temperature, top_k)], dim=1)
 
 
 # -------------------------------- learning ------------------------------------------------------
@@ -456,7 +448,7 @@ def training_step(model, optimizers, batches, config, step):
     Training is nothing but this, max_iters times, each time with fresh batches (see train)."""
     total = 0.0
     for seed, x, y in batches:
-        torch.manual_seed(seed)  # dropout draws from it, so that a step can be done again
+        torch.manual_seed(int(seed))  # dropout draws from it, so that a step can be done again
         with autocast(config):
             logits, loss = model(x, y)
         loss = loss / len(batches)  # so that their sum is the mean
@@ -478,9 +470,9 @@ def training_step(model, optimizers, batches, config, step):
 
 # ================================ Part two: the craft ===========================================
 
-ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer")  # what the shapes of weights depend on
-FIXED = ("optimizer", "seed", "init_from", "corpus")          # what a run cannot change midway
-OF_THE_MACHINE = ("out", "device", "dtype", "compile")        # what a checkpoint does not decide
+ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer", "chars")   # what the weights fit
+FIXED = ARCHITECTURE + ("optimizer", "seed", "init_from", "corpus")     # the same for a whole run
+OF_THE_MACHINE = ("out", "device", "dtype", "compile")                  # not from a checkpoint
 
 # torchrun, PyTorch's starter, runs WORLD processes that train together, each with its RANK. Without
 # it RANK is 0 and WORLD is 1. LOCAL_RANK counts the processes, and GPUs, of one machine.
@@ -494,18 +486,15 @@ def check(config):
     zero_is_fine = ("max_iters", "n_layer", "warmup_iters", "seed")
     for field in fields(config):
         name, kind, value = field.name, field.type, getattr(config, field.name)
-        lowest = 0 if kind is float or name in zero_is_fine else 1
-        highest = {"dropout": 0.99, "n_layer": 1000}.get(name, 2**31)
-        if kind is float and type(value) is int:  # 1 will do for 1.0
-            value = float(value)
-        if type(value) is not kind:
+        fits = type(value) is kind or (kind is float and type(value) is int)  # 1 will do for 1.0
+        if not fits:
             raise ValueError(f"{name} must be {kind.__name__}, not {value!r}")
-        if kind in (int, float) and not lowest <= value <= highest:
-            raise ValueError(f"{name} must be from {lowest} to {highest}, not {value}")
         if name in choices and value not in choices[name]:
             raise ValueError(f"{name} must be {' or '.join(choices[name])}, not {value!r}")
-    if config.n_embd % config.n_head:
-        raise ValueError(f"n_embd {config.n_embd} must be divisible by n_head {config.n_head}")
+        lowest = 1 if kind is int and name not in zero_is_fine else 0
+        highest = {"dropout": 0.99, "n_layer": 1000}.get(name, 2**31)
+        if kind in (int, float) and not lowest <= value <= highest:
+            raise ValueError(f"{name} must be from {lowest} to {highest}, not {value}")
     config.out = config.out or Path(config.data or "model").resolve().stem + ".pkl"
 
 
@@ -515,19 +504,18 @@ def choose_settings(flags):
     fine-tunes takes the ARCHITECTURE."""
     settings = {}  # for a CPU, the values in Config are right
     if flags.get("device", Config.device) == "cuda":
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        has_triton = importlib.util.find_spec("triton") is not None  # torch.compile needs it
         settings = dict(batch_size=64, block_size=256, max_iters=1500, n_embd=384, n_head=8,
-                        n_layer=8, dropout=0.2, learning_rate=1e-3, warmup_iters=200, eval_iters=20,
-                        dtype="bfloat16" if has_bfloat16 else "float32", compile=has_triton)
-    # The checkpoint must be read first, and check() knows what it is called.
-    files = Config(**{name: flags.get(name, "") for name in ("data", "out", "init_from")})
-    path, saved = find_checkpoint(files)
+                        n_layer=8, dropout=0.2, learning_rate=1e-3, warmup_iters=200, eval_iters=20)
+        settings["compile"] = find_spec("triton") is not None  # which torch.compile needs
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            settings["dtype"] = "bfloat16"
+    config = Config(**flags)  # it knows what the checkpoint is called
+    path, saved = find_checkpoint(config)
     for name, value in saved.get("config", {}).items():
-        resuming = path == files.out
-        if name in ARCHITECTURE or (resuming and name not in OF_THE_MACHINE):
+        if name in ARCHITECTURE or (path == config.out and name not in OF_THE_MACHINE):
             settings[name] = value
-    return Config(**{**settings, **flags, "out": files.out})
+    settings.update(flags, out=config.out)
+    return Config(**settings)
 
 
 # -------------------------------- checkpoints ---------------------------------------------------
@@ -535,10 +523,10 @@ def choose_settings(flags):
 def save_checkpoint(path, checkpoint):
     """Writes a dict of plain values and tensors. Killed at any instant, it leaves the old file or
     the new one, whole. OSError if it cannot be written."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp").absolute()  # named after this process
-    # First goes what killed processes have left.
+    temporary = Path(f"{path}.{os.getpid()}.tmp").absolute()  # a name for each process
+    # First goes what killed processes have left. (On Linux, /proc lists those that live.)
     for old in temporary.parent.glob(f"{Path(path).name}.*.tmp"):
-        process = old.name.split(".")[-2]  # model.pkl.PROCESS.tmp; on Linux /proc lists the living
+        process = old.name.split(".")[-2]
         if Path("/proc/self").exists() and not Path("/proc", process).exists():
             old.unlink(missing_ok=True)
     try:
@@ -569,33 +557,30 @@ def restore(optimizers, states):
 
 
 def load_checkpoint(path):
-    """Reads what save_checkpoint wrote, on the CPU. OSError without a file, ValueError for others.
+    """Reads what save_checkpoint wrote, onto the CPU; ValueError if a file is anything else.
 
     A pickle is Python's way to write objects to a file, and reading one can run any code;
     weights_only=True reads nothing but tensors and plain values, so a stranger's file is safe. The
     weights are tried on a model on the meta device, where tensors have shapes but no memory."""
-    with open(path, "rb") as file:
-        try:
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-            with torch.device("meta"):
-                model = GPT(Config(**saved["config"]), CharTokenizer(saved["chars"]).vocab_size)
-            # A trial, whose results are thrown away: do names and shapes fit? assign=True puts the
-            # file's tensors into the model, since those without memory cannot be copied into.
-            model.load_state_dict(dict(saved["best"]), assign=True)
-            model.load_state_dict(dict(saved["model"]), assign=True)
-            restore(make_optimizers(model, model.config), saved["optimizer"])
-            saved.update(step=int(saved["step"]), losses=dict(saved["losses"]),
-                         corpus=str(saved["corpus"]))  # which fails where it is something else
-        except Exception as error:
-            raise ValueError(f"{path}: not a checkpoint of gpt.py, or damaged: {error!r:.150}")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.device("meta"):
+            model = GPT(Config(**saved["config"]), CharTokenizer(saved["chars"]).vocab_size)
+        # A trial, whose results are thrown away: do names and shapes fit? assign=True puts the
+        # file's tensors into the model, since those without memory cannot be copied into.
+        model.load_state_dict(dict(saved["best"]), assign=True)
+        model.load_state_dict(dict(saved["model"]), assign=True)
+        restore(make_optimizers(model, model.config), saved["optimizer"])
+        saved.update(step=int(saved["step"]), losses=dict(saved["losses"]), corpus=saved["corpus"])
+    except Exception as error:
+        raise ValueError(f"{path}: no checkpoint of gpt.py, or damaged: {error!r:.150}")
     return saved
 
 
 def find_checkpoint(config):
     """[path, checkpoint] that a run starts from: its own, else that of init_from, else ["", {}]."""
     path = config.out if os.path.exists(config.out) else config.init_from
-    saved = load_checkpoint(path) if path and RANK == 0 else {}
-    found = [path, saved]
+    found = [path, load_checkpoint(path) if path and RANK == 0 else {}]
     if WORLD > 1:  # overwrites found in the others: only process 0's machine needs the file
         torch.distributed.broadcast_object_list(found, device=torch.device("cpu"))
     return found
@@ -605,11 +590,10 @@ def load_model(path, device="cpu"):
     """A checkpoint -> (model with its best weights, in eval mode; tokenizer; config). Raises what
     load_checkpoint does."""
     saved = load_checkpoint(path)
-    tokenizer = CharTokenizer(saved["chars"])
     config = replace(Config(**saved["config"]), device=find_device(device))
-    model = GPT(config, tokenizer.vocab_size)
+    model = GPT(config, len(saved["chars"]))
     model.load_state_dict(saved["best"])
-    return model.to(device).eval(), tokenizer, config
+    return model.to(device).eval(), CharTokenizer(saved["chars"]), config
 
 
 # -------------------------------- a run ---------------------------------------------------------
@@ -655,24 +639,16 @@ def draw_batches(data, config, step):
     starts = draw.integers(0, len(data) - config.block_size, (config.grad_accum, config.batch_size))
     batches = []
     for micro in range(RANK, config.grad_accum, WORLD):
-        mixed = np.random.SeedSequence((config.seed, step, micro))  # three numbers become one seed
-        seed = int(mixed.generate_state(1, np.uint64)[0])
+        # This makes one seed of three numbers.
+        seed = np.random.SeedSequence((config.seed, step, micro)).generate_state(1, np.uint64)[0]
         batches.append((seed, *get_batch(data, config, starts[micro])))
     return batches
 
 
 def printable(text):
-    """Text for a terminal: control characters, of category C, which could move its cursor, become
-    UNK. Soft hyphen, non-joiner and joiner stay, since words of some languages need them."""
-    allowed = set("\n\t\u00ad\u200c\u200d")
-    controls = {char for char in text if unicodedata.category(char).startswith("C")}
-    return text.translate({ord(char): UNK for char in controls - allowed})
-
-
-def say(line):
-    """Prints from one process only, and above the progress bar."""
-    if RANK == 0:
-        tqdm.write(line)
+    """Text for a terminal: control characters, which could move its cursor or turn the direction of
+    writing, become UNK; tab (09) and line end (0a) stay."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", UNK, text)
 
 
 def sample(model, tokenizer, length):
@@ -687,15 +663,14 @@ def sample(model, tokenizer, length):
 def describe(splits, tokenizer, config):
     """A line about a corpus, by which a resumed run knows it again. The checksum is over the first
     8 million characters of each split, since a corpus can have 40 GB."""
-    train, val = splits["train"], splits["val"]
-    ids = np.concatenate((train[: 2**23], val[: 2**23]))
-    text = (f"{len(train):,} characters to train on, {len(val):,} to validate, vocabulary "
-            f"{tokenizer.vocab_size:,}, {np.mean(ids == tokenizer.unk):.2%} unknown, "
+    ids = np.concatenate([split[: 2**23] for split in splits.values()])
+    text = (f"{len(splits['train']):,} characters to train on, {len(splits['val']):,} to validate, "
+            f"vocabulary {tokenizer.vocab_size:,}, {np.mean(ids == tokenizer.unk):.2%} unknown, "
             f"checksum {zlib.crc32(ids):08x}")
     if config.data.endswith(".jsonl"):
-        ends = np.flatnonzero(ids == tokenizer.end)
-        lengths = np.diff(ends, prepend=-1)  # ENDs at 3 and 7 are lengths of 4 and 4
-        text += f", {np.mean(lengths > config.block_size):.1%} of pairs longer than block_size"
+        pairs = tokenizer.decode(ids).split(END)[:-1]
+        longer = [pair for pair in pairs if len(pair) >= config.block_size]  # END counts as well
+        text += f", {len(longer) / len(pairs):.1%} of pairs longer than block_size"
     return text
 
 
@@ -703,11 +678,9 @@ STOP = threading.Event()  # a flag, set at Ctrl-C and SIGTERM, by which systems 
 
 
 def ask_to_stop(number, frame):
-    """Python calls this at such a signal (see main): train ends after the step under way, and
-    saves. Asked a second time, or under torchrun, it ends at once."""
-    if STOP.is_set() or WORLD > 1:
-        raise KeyboardInterrupt
+    """Python calls this at such a signal: train ends after the step under way, and saves."""
     STOP.set()
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
 
 
 def train(config):
@@ -715,93 +688,84 @@ def train(config):
     eval mode. ValueError or OSError where the user must change something.
 
     Each evaluation saves. A run that is killed loses the steps since then; the same command does
-    them again, and ends with the same weights as if it had never been stopped. Of several
-    processes, process 0 alone evaluates, saves and prints."""
+    them again, and ends with the same weights as if it had never been stopped."""
     if config.grad_accum % WORLD:
         raise ValueError(f"grad_accum {config.grad_accum} must be divisible by {WORLD} processes")
     path, saved = find_checkpoint(config)
     resuming = path == config.out  # else it is that of init_from, or ""
     splits, tokenizer = load_data(config, saved.get("chars", ""))
     corpus = describe(splits, tokenizer, config)
-    say(f"corpus  {config.data or 'the Python documentation'}: {corpus}")
+    tqdm.write(f"corpus  {config.data or 'the Python documentation'}: {corpus}")
+    # What a checkpoint holds: this, the best and the latest weights and the optimizers' averages.
+    run = dict(config=asdict(config), chars=tokenizer.chars, corpus=corpus, step=0, losses={})
 
     # A trained model is never overwritten by another one: the checkpoint must fit these settings.
     if saved:
-        old = {**saved["config"], "corpus": saved["corpus"]}
-        new = {**asdict(config), "corpus": corpus}
-        for name in (ARCHITECTURE + FIXED) if resuming else ARCHITECTURE:
+        old = dict(saved["config"], chars=saved["chars"], corpus=saved["corpus"])
+        new = dict(asdict(config), chars=tokenizer.chars, corpus=corpus)
+        for name in FIXED if resuming else ARCHITECTURE:
             if old[name] != new[name]:
-                raise ValueError(f"{path} was trained with {name} {old[name]}, not {new[name]}: "
-                                 f"leave the flag out or name another --out ({config.data=})")
+                raise ValueError(f"{path} was trained with {name} {old[name]!s:.200}, not "
+                                 f"{new[name]!s:.200}: leave the flag out or name another --out")
 
     model, optimizers, fast = build(config, tokenizer.vocab_size)
-    step = 0
-    losses = {}  # step -> its losses
-    best = {}    # the weights to chat with
     if resuming:
-        step, losses, best = saved["step"], saved["losses"], saved["best"]
+        run.update(step=saved["step"], losses=saved["losses"], best=saved["best"])
         model.load_state_dict(saved["model"])
         restore(optimizers, saved["optimizer"])
     elif saved:  # fine-tuning starts from the best weights
         model.load_state_dict(saved["best"])
     size = sum(p.numel() for p in model.parameters())
-    say(f"model   {size:,} parameters on {config.device} in {config.dtype}, {config.out}, "
-        f"at step {step:,} of {config.max_iters:,}")
+    tqdm.write(f"model   {size:,} parameters on {config.device} in {config.dtype}, {config.out}, "
+               f"at step {run['step']:,} of {config.max_iters:,}")
 
-    # None hides the bar where there is no terminal. It counts characters, of which a step has many.
-    bar = tqdm(total=config.max_iters, initial=step, disable=RANK > 0 or None, unit="char",
-               unit_scale=config.batch_size * config.grad_accum * config.block_size)
-    while True:
+    # The bar counts characters, of which a step has many. None hides it where there is no terminal.
+    bar = tqdm(range(run["step"], config.max_iters + 1), initial=run["step"], unit="char",
+               unit_scale=config.batch_size * config.grad_accum * config.block_size,
+               total=config.max_iters, disable=RANK > 0 or None)
+    for step in bar:
         stopping = STOP.is_set()
         due = step % config.eval_interval == 0 or step == config.max_iters
-        # A run that was stopped just after an evaluation has it in losses already.
-        evaluating = due and step not in losses and RANK == 0
-        saving = evaluating or stopping
-        if saving and not all(p.isfinite().all() for p in model.parameters()):
-            raise ValueError(f"step {step}: weights are no numbers; lower --learning_rate")
+        evaluating = due and step not in run["losses"]  # it is, if a stop came just behind
         if evaluating:
-            losses[step] = estimate_loss(model, splits, config)
-            train_loss, val_loss = losses[step].values()
+            run["losses"][step] = estimate_loss(model, splits, config)
+            train_loss, val_loss = run["losses"][step].values()
+            if math.isnan(val_loss):
+                raise ValueError(f"step {step}: the loss is no number; lower --learning_rate")
             # The answers of held-out pairs are facts that the model was never told. Their loss
             # rises while it learns, so of pairs the latest weights are kept.
-            lowest = min(row["val"] for row in losses.values())
+            lowest = min(row["val"] for row in run["losses"].values())
             if val_loss == lowest or config.data.endswith(".jsonl"):
-                best = copy.deepcopy(model.state_dict())  # which training would change
+                run["best"] = {name: p.clone() for name, p in model.state_dict().items()}
             text = " ".join(sample(model, tokenizer, 60).split())
-            say(f"step {step:6,d}   train {train_loss:.4f}   val {val_loss:.4f}   {text}")
-        if saving:
-            save_checkpoint(config.out, dict(
-                config=asdict(config), chars=tokenizer.chars, corpus=corpus, step=step,
-                losses=losses, best=best, model=model.state_dict(),
-                optimizer=[optimizer.state_dict()["state"] for optimizer in optimizers]))
-        if stopping or step >= config.max_iters:
+            tqdm.write(f"step {step:6,d}   train {train_loss:.4f}   val {val_loss:.4f}   {text}")
+        if (evaluating or stopping) and RANK == 0:
+            averages = [optimizer.state_dict()["state"] for optimizer in optimizers]
+            run.update(step=step, model=model.state_dict(), optimizer=averages)
+            save_checkpoint(config.out, run)
+        if stopping:
+            tqdm.write(f"stopped at step {step:,}; the same command carries on")
+        if stopping or step == config.max_iters:
             break
         batches = draw_batches(splits["train"], config, step)
         loss = training_step(fast, optimizers, batches, config, step)
-        step += 1
-        bar.update()
         if step % 10 == 0 and not bar.disable:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    bar.close()
-    if RANK == 0:
-        report(model, tokenizer, losses, step)
+    report(run, model, tokenizer)
     return model.eval()
 
 
-def report(model, tokenizer, losses, step):
+def report(run, model, tokenizer):
     """Prints what came out of a run and how to go on."""
-    config = model.config
-    curve = [row["val"] for row in losses.values()]
-    heights = np.interp(curve, (min(curve), max(curve)), (0, 7)).round().astype(int)
-    bars = "".join("▁▂▃▄▅▆▇█"[height] for height in heights)
-    say(f"losses  last {curve[-1]:.4f}, best {min(curve):.4f}   {bars}")
-    if config.device == "cuda":
-        say(f"memory  {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU at most")
-    if step < config.max_iters:
-        say(f"stopped at step {step:,}; the same command carries on")
-    else:
-        say(sample(model, tokenizer, 500))
-        say(f"\nsaved; talk to it: python chat.py --model {shlex.quote(config.out)}")
+    curve = [row["val"] for row in run["losses"].values()]
+    heights = np.interp(curve, (min(curve), max(curve)), (0, 7))
+    bars = "".join("▁▂▃▄▅▆▇█"[round(height)] for height in heights)
+    tqdm.write(f"losses  last {curve[-1]:.4f}, best {min(curve):.4f}   {bars}")
+    if model.config.device == "cuda":
+        used = torch.cuda.max_memory_allocated() / 2**30
+        tqdm.write(f"memory  {used:.2f} GiB of the GPU at most")
+    tqdm.write(sample(model, tokenizer, 500))
+    tqdm.write(f"\nsaved; talk to it: python chat.py --model {shlex.quote(model.config.out)}")
 
 
 def tune(config):
@@ -812,10 +776,9 @@ def tune(config):
     rates = {}
     ways = itertools.product((1, 2, 4), ("float32", "bfloat16"), ("--no-compile", "--compile"))
     for accum, dtype, compiled in ways:
-        size = max(1, total // accum)
-        flags = f"--batch_size {size} --grad_accum {accum} --dtype {dtype} {compiled}"
-        trial = replace(config, batch_size=size, grad_accum=accum, dtype=dtype,
+        trial = replace(config, batch_size=max(1, total // accum), grad_accum=accum, dtype=dtype,
                         compile=compiled == "--compile")
+        flags = f"--batch_size {trial.batch_size} --grad_accum {accum} --dtype {dtype} {compiled}"
         try:
             model, optimizers, fast = build(trial, tokenizer.vocab_size)
             for step in range(6):
@@ -827,27 +790,16 @@ def tune(config):
             rates[flags] = 4 * total * config.block_size / (time.perf_counter() - start)
             print(f"{rates[flags]:12,.0f} characters a second   {flags}")
         except (RuntimeError, MemoryError) as error:
-            print(f"      failed: {str(error).splitlines()[0]:.60}   {flags}")
+            print(f"failed: {error!r:.60}   {flags}")
     print(f"fastest: python gpt.py {max(rates, key=rates.get)}")
 
 
 # -------------------------------- the command line ----------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """A mistake is one line on stderr and exit status 2."""
-
     def error(self, message):
+        """A mistake is one line on stderr and exit status 2."""
         self.exit(2, f"{self.prog}: {printable(' '.join(str(message).split()))}\n")
-
-    @contextmanager
-    def mistakes(self):
-        """In a with-block of this, which runs at yield, a user's mistake ends without traceback."""
-        try:
-            yield
-        except (ValueError, OSError) as error:
-            self.error(error)
-        except KeyboardInterrupt:
-            self.exit(130)
 
 
 def main(argv=None):
@@ -862,28 +814,30 @@ def main(argv=None):
             parser.add_argument(f"--{field.name}", type=field.type)
     parser.add_argument("--tune", action="store_true", help="find the fastest settings instead")
     flags = vars(parser.parse_args(argv))
-    work = tune
-    if not flags.pop("tune", False):
-        work = train
+    work = tune if flags.pop("tune", False) else train
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends Python, without a traceback
+    if work is train and WORLD == 1:
         signal.signal(signal.SIGINT, ask_to_stop)
         signal.signal(signal.SIGTERM, ask_to_stop)
     if WORLD > 1:
         # How processes talk to each other: through gloo between CPUs, nccl between GPUs.
         backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backends)
-    with parser.mistakes():
+    if RANK > 0:  # process 0 alone prints
+        sys.stdout = open(os.devnull, "w")
+    try:
         config = choose_settings(flags)
-        try:
-            work(config)
-        except (RuntimeError, MemoryError) as error:
-            name = f"{type(error).__module__} {type(error).__name__}: {error}"
-            if name.startswith(("torch._dynamo", "torch._inductor")):  # parts of torch.compile
-                raise ValueError(f"torch.compile failed, so try --no-compile: {error!s:.200}")
-            if not any(w in name for w in ("out of memory", "allocate memory", "MemoryError")):
-                raise
+        work(config)
+    except (ValueError, OSError) as error:
+        parser.error(error)
+    except (RuntimeError, MemoryError) as error:
+        if type(error).__module__.startswith("torch._"):  # a part of torch.compile
+            parser.error(f"torch.compile failed, so try --no-compile: {error!s:.200}")
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate" in str(error):
             half, double = max(1, config.batch_size // 2), 2 * config.grad_accum
-            raise ValueError(f"out of memory: try --batch_size {half} --grad_accum {double}, and "
-                             "then a smaller block_size, n_embd or n_layer")
+            parser.error(f"out of memory: try --batch_size {half} --grad_accum {double}, and then "
+                         "a smaller block_size, n_embd or n_layer")
+        raise
     if WORLD > 1:
         torch.distributed.destroy_process_group()
 

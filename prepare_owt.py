@@ -11,8 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import count, islice, repeat
 from pathlib import Path
 import numpy as np
-from tqdm import tqdm
-from tqdm.utils import CallbackIOWrapper
+from tqdm import tqdm, utils
 from gpt import END, UNK, CharTokenizer, Parser, clean
 
 
@@ -26,7 +25,7 @@ def contents(name, file, unpack=False):
             if file.tell() > 0:
                 yield name, END
         elif name.endswith((".tar", ".tar.xz")):
-            tar = tarfile.open(fileobj=file, mode="r:xz" if name.endswith(".xz") else "r:")
+            tar = tarfile.open(fileobj=file, mode="r:" + name.rpartition(".")[2])  # r:tar or r:xz
             while member := tar.next():  # nothing is extracted, so no name can write anywhere
                 tar.members.clear()  # it would remember all of them
                 if member.isreg() and member.name.endswith((".txt", ".xz")):  # a plain file
@@ -83,12 +82,11 @@ def prepare(files, folder, flags):
     counts = Counter()  # {character: how often it occurs}
     starts = []  # of each file of text, in characters
     bar = tqdm(total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, disable=None)
-    def in_sample(part):  # the same name and seed always give the same answer
-        return random.Random(f"{flags.seed} {part[0]}").random() < flags.sample
     parts = (part for path in files for part in contents(  # each read moves the bar
-        str(path), CallbackIOWrapper(bar.update, path.open("rb"), "read")))
+        str(path), utils.CallbackIOWrapper(bar.update, path.open("rb"), "read"))
+        if random.Random(f"{flags.seed} {part[0]}").random() < flags.sample)
     with bar, ProcessPoolExecutor(flags.workers, initializer=start_worker) as pool:
-        while group := list(islice(filter(in_sample, parts), 32 * flags.workers)):  # the next
+        while group := list(islice(parts, 32 * flags.workers)):  # the next
             for found in pool.map(write_text, count(len(starts)), group, repeat(folder)):
                 starts.append(counts.total())
                 counts.update(found)
@@ -126,12 +124,12 @@ def main(argv=None):
     parser.add_argument("--val_fraction", type=float, default=0.1, help="for validation (0.1)")
     parser.add_argument("--min_count", type=int, default=1, help="rarer characters are UNK (1)")
     flags = parser.parse_args(argv)
-    with parser.mistakes():
+    signal.signal(signal.SIGINT, lambda number, frame: parser.exit(130))  # Ctrl-C
+    try:
         if not (0 < flags.sample <= 1 and 0 < flags.val_fraction < 1):
             raise ValueError("--sample and --val_fraction must be above 0 and at most 1")
-        files = []
-        for source in flags.sources:
-            files += sorted(source.glob("*.*")) if source.is_dir() else [source]
+        files = [path for source in flags.sources  # what is in a folder, or the source itself
+                 for path in sorted(source.glob("*.*")) or [source]]
         ours = {"train.bin", "val.bin", "vocab.json", "corpus.json"}
         if flags.out.exists() and {path.name for path in flags.out.iterdir()} - ours:
             raise ValueError(f"{flags.out}: holds other files; name a folder of its own with --out")
@@ -143,6 +141,8 @@ def main(argv=None):
             if flags.out.exists():
                 flags.out.rename(Path(folder, "old"))
             new.rename(flags.out)
+    except (ValueError, OSError) as error:
+        parser.error(error)
     print(f"{corpus}\ntrain on it: python gpt.py --data {shlex.quote(str(flags.out))}")
 
 
