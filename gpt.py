@@ -26,7 +26,7 @@ from tqdm import tqdm
 @dataclass
 class Config:
     """The settings of a run: people choose these, while parameters are what the model learns. From
-    the lines below, dataclass makes the __init__: Config(n_layer=2) has the rest as it stands."""
+    the lines below, dataclass makes an __init__: Config(n_layer=2) changes one of them."""
     data: str = ""                # text, .jsonl of pairs or prepared folder; "" is Python's docs
     out: str = ""                 # checkpoint, the file of a model; "" is named after the data
     init_from: str = ""           # checkpoint whose weights a new run starts from (fine-tuning)
@@ -61,8 +61,8 @@ UNK = "\ufffd"  # Unicode's replacement character stands for whatever is not in 
 
 class CharTokenizer:
     """Turns characters into token ids and back (lesson: encoder and decoder are inverse maps).
-    The vocabulary is the sorted set of characters, with END and UNK: small, and texts get long.
-    Words as tokens do the reverse; subwords (as in GPT-2) are the compromise. The course has
+    The vocabulary is the sorted set of characters, with END and UNK. It is small, but texts become
+    long; with words it would be the reverse; subwords (as in GPT-2) are in between. The course has
         char_to_id = {char: id for id, char in enumerate(chars)}
         id_to_char = {id: char for id, char in enumerate(chars)}
     Here chars[id] is the character of an id. To look up a whole text at once, code_to_id is an
@@ -79,7 +79,7 @@ class CharTokenizer:
 
     def encode(self, text):
         """str -> ids, 1-D uint16. Characters outside the vocabulary become UNK; it never fails."""
-        utf32 = text.encode("utf-32-le", "surrogatepass")  # the codes, as four bytes each
+        utf32 = text.encode("utf-32-le", "surrogatepass")  # 4 bytes each; accepts any text
         codes = np.frombuffer(utf32, np.uint32)            # and as numbers: "hi" is 104, 105
         return self.code_to_id[codes]
 
@@ -104,7 +104,7 @@ def read_documents(path):
     if not path.endswith(".jsonl"):
         return [text]
     documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.rstrip().split("\n"), start=1):
         try:
             pair = json.loads(line)
             documents.append(pair["prompt"] + "\n" + pair["completion"])
@@ -132,7 +132,7 @@ def load_data(config, chars=""):
         train, val = np.split(ids, [cut])
         if config.data.endswith(".jsonl"):
             cut = text.rfind(END, 0, cut) + 1  # back to where a pair ends
-            # A few are repeated until a block fits: of 50 ids, 3 copies make more than 128.
+            # A few pairs are repeated until a block fits: 50 ids become 3 copies, more than 128.
             train = np.tile(ids[:cut], 1 + config.block_size // max(1, cut))
             val = np.tile(ids[cut:], 1 + config.block_size // max(1, len(ids) - cut))
     if min(len(train), len(val)) <= config.block_size:
@@ -150,7 +150,7 @@ def get_batch(data, config, starts=None):
     if starts is None:
         starts = torch.randint(len(data) - config.block_size, (config.batch_size,)).numpy()
     places = starts[:, None] + np.arange(config.block_size + 1)  # (B, 1) + (T + 1,) -> (B, T + 1)
-    # An id for each place. From pinned memory a GPU copies while Python goes on.
+    # An id for each place, in pinned memory if a GPU is to copy it while Python goes on.
     blocks = torch.tensor(data[places].astype(np.int64), pin_memory=config.device == "cuda")
     blocks = blocks.to(config.device, non_blocking=blocks.is_pinned())
     return blocks[:, :-1], blocks[:, 1:]
@@ -187,8 +187,8 @@ class Head(nn.Module):
         return shares @ v                                         # (B, H, T, D)
 
     def forward(self, q, k, v):
-        # The same in one call, which never stores the T x T scores; is_causal is the mask. (With
-        # the cache below, only the newest character asks: it may see all keys and needs no mask.)
+        # The same in one call, which never stores the T x T scores; is_causal is the mask. (When
+        # one query comes alone, that of the newest character, it may see all keys: no mask.)
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=q.shape[-2] > 1)
 
 
@@ -216,7 +216,7 @@ class MultiHeadAttention(nn.Module):
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
         q, k, v = self.qkv(x).split(C, dim=2)        # (B, T, C) each
-        # C is cut into H pieces of D; then T and H change places, so that each head has its text.
+        # C is cut into H pieces of D; then T and H change places: each head gets a (T, D).
         q = q.view(B, T, H, D).transpose(1, 2)       # (B, T, C) -> (B, T, H, D) -> (B, H, T, D)
         k = k.view(B, T, H, D).transpose(1, 2)
         v = v.view(B, T, H, D).transpose(1, 2)
@@ -292,8 +292,8 @@ class GPT(nn.Module):
         Logits are scores; softmax makes shares of them. The loss is the cross-entropy, or negative
         log likelihood: the mean of -ln(share of the character that came). An untrained model's
         scores are all near 0, so it guesses about evenly, 1/V for each, which costs ln V: 4.38 for
-        80 characters. (Mean squared error belongs to regression, where a quantity is to be met.)
-        With a cache, index is only what it does not hold yet, at the positions from start on."""
+        80 characters. (Mean squared error is for regression, which predicts a quantity.)
+        In generation, index is only what the cache does not hold, and start is its position."""
         end = start + index.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} characters do not fit: block_size is {self.config.block_size}")
@@ -303,7 +303,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.norm(x))                        # (B, T, V)
         if targets is None:
             return logits, None
-        # float() for float32 in any case; (B, T, V) -> (B*T, V) and (B, T) -> (B*T,)
+        # In float32 even under bfloat16. (B, T, V) -> (B*T, V) and (B, T) -> (B*T,)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         return logits, loss
 
@@ -315,14 +315,14 @@ class GPT(nn.Module):
         above 1 evens them out. top_k allows only the k likeliest.
         The model sees block_size characters. When there are more, say 9 instead of 8, all but the
         last 4 are dropped. These get new positions, 0 to 3, so what the cache holds of them is
-        wrong: they are read again. On average a new character costs the same at any length."""
+        wrong: they are read again. That happens once in 4 characters, however long the text is."""
         index = index[:, -self.config.block_size:]              # crop to what the model can see
         cache = {}
         for _ in range(max_new_tokens):
             if index.shape[1] > self.config.block_size:
                 index = index[:, -max(1, self.config.block_size // 2):]
                 cache = {}
-            start = index.shape[1] - 1 if cache else 0          # it holds all but the newest
+            start = index.shape[1] - 1 if cache else 0          # the cache has all but the newest
             logits, _ = self(index[:, start:], cache=cache, start=start)
             logits = logits[:, -1].float()                      # (B, V): only this guess is new
             logits = logits / max(temperature, 1e-6)
@@ -351,7 +351,7 @@ def estimate_loss(model, splits, config):
     """Mean loss of each split, over eval_iters batches: {"train": float, "val": float}.
     The batches are spread evenly over the split and the same every time, so that two evaluations
     can be compared. eval() turns dropout off; no_grad() saves work that only learning needs.
-    Overfitting is when train falls on while val rises: the model learns by heart. More text, more
+    Overfitting is when train keeps falling while val rises: it learns by heart. More text, more
     dropout, a smaller model or fewer steps help, and the weights with the lowest val are kept."""
     model.eval()
     means = {}
@@ -375,8 +375,8 @@ def make_optimizers(model, config):
         square = 0.99 * square + 0.01 * gradient ** 2       (as in RMSprop)
         weight = weight - learning_rate * average / sqrt(square)
     so that all weights move at a similar pace. 0.9 and 0.99 are its betas. The W (Loshchilov and
-    Hutter 2017) is weight decay: each step also shrinks matrices a little, since large weights are
-    the way to learn by heart. fused: one call moves all weights, instead of several for each."""
+    Hutter 2017) is weight decay: each step also shrinks matrices a little, since it takes large
+    weights to learn by heart. fused: one call moves all weights, instead of several for each."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
     muon = []
     if config.optimizer == "muon":  # an option, in part two, which takes some of the matrices
@@ -426,11 +426,10 @@ def training_step(model, optimizers, batches, config, step):
 
 # That is all that a GPT is, and how it learns. A first reading may stop here.
 # ================================ Part two: the craft ===========================================
-# What the weights fit; what stays the same for a whole run; what no checkpoint decides. (chars is
-# the vocabulary, and corpus what describe says of the text: a checkpoint holds them, too.)
-ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer", "chars")
-FIXED = ARCHITECTURE + ("optimizer", "seed", "init_from", "corpus")
-OF_THE_MACHINE = ("out", "device", "dtype", "compile")
+# chars is the vocabulary, and corpus a line about the text. A checkpoint holds them, too.
+ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer", "chars")  # must equal a checkpoint's
+FIXED = ARCHITECTURE + ("optimizer", "seed", "init_from", "corpus")    # so must these, to carry on
+OF_THE_MACHINE = ("out", "device", "dtype", "compile")        # are never taken from a checkpoint
 # torchrun, PyTorch's starter, runs WORLD processes that train together, each with its RANK. Without
 # it RANK is 0 and WORLD is 1. LOCAL_RANK counts the processes, and GPUs, of one machine.
 RANK = int(os.environ.get("RANK", 0))
@@ -450,7 +449,7 @@ def check(config):
         high = {"dropout": 0.99, "n_layer": 1000}.get(name, 2**31)
         if kind in (int, float) and not low <= value <= high:
             raise ValueError(f"{name} must be from {low} to {high}, not {value}")
-    # texts/book.txt makes book.pkl, and no text model.pkl.
+    # The default is book.pkl for texts/book.txt, and model.pkl if data is not given.
     config.out = config.out or Path(config.data or "model").resolve().stem + ".pkl"
 
 
@@ -463,11 +462,11 @@ def choose_settings(flags):
         dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
         settings = dict(batch_size=64, block_size=256, max_iters=1500, n_embd=384, n_head=8,
                         n_layer=8, dropout=0.2, learning_rate=1e-3, warmup_iters=200, eval_iters=20,
-                        dtype=dtype, compile=sys.platform == "linux")  # where CUDA brings triton
+                        dtype=dtype, compile=sys.platform == "linux")  # where it works
     config = Config(**flags)  # for now: it knows which checkpoint is meant
-    path, saved = find_checkpoint(config)
+    carries_on, saved = find_checkpoint(config)
     for name, value in saved.get("config", {}).items():
-        if name in ARCHITECTURE or (path == config.out and name not in OF_THE_MACHINE):
+        if name in ARCHITECTURE or (carries_on and name not in OF_THE_MACHINE):
             settings[name] = value
     return replace(config, **dict(settings, **flags))  # a copy with these settings
 
@@ -476,7 +475,7 @@ def choose_settings(flags):
 def save_checkpoint(path, checkpoint):
     """Writes a dict. Killed at any instant, it leaves the old file or the new one, whole."""
     temporary = Path(f"{path}.{os.getpid()}.tmp").absolute()  # model.pkl.4711.tmp in process 4711
-    # First goes what killed processes have left. On Linux, /proc has a folder for each that lives.
+    # First remove what killed processes left: on Linux, /proc has a folder for each running one.
     for old in temporary.parent.glob(f"{Path(path).name}.*.tmp"):
         process = Path("/proc", old.name.split(".")[-2])
         if process.parent.exists() and not process.exists():
@@ -489,19 +488,19 @@ def save_checkpoint(path, checkpoint):
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: not saved, and as it was before: {error}")
+        raise OSError(f"{path}: could not be saved, and is as it was: {error}")
 
 
 def restore(optimizers, states):
-    """Gives optimizers their running averages back. PyTorch's fused AdamW does not check their
-    sizes: with too short ones from a damaged file, it would go on reading and writing in memory
-    that is not theirs. So they must fit the shapes of the weights: RuntimeError."""
-    kept = dict(AdamW=("step", "exp_avg", "exp_avg_sq"), Muon=("momentum_buffer",))  # for a weight
+    """Gives optimizers their averages back (exp_avg and exp_avg_sq are AdamW's, momentum_buffer is
+    Muon's). Fused AdamW does not check sizes: with too short ones, of a damaged file, it reads and
+    writes in memory that is not theirs. So they must fit the weights: RuntimeError."""
+    kept = dict(AdamW=("step", "exp_avg", "exp_avg_sq"), Muon=("momentum_buffer",))
     for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))  # all else as it is
+        optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))  # replaces state only
         for p, averages in optimizer.state.items():
             for name in kept[type(optimizer).__name__]:
-                shape = () if name == "step" else p.shape  # reshape fails if the size is another
+                shape = () if name == "step" else p.shape  # reshape fails for another size
                 averages[name] = averages[name].reshape(shape).contiguous()
 
 
@@ -511,14 +510,15 @@ def load_checkpoint(path):
     weights_only=True reads nothing but tensors and plain values, so a stranger's file is safe."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        with torch.device("meta"):
-            config = Config(**dict(saved["config"], device="cpu"))  # it may come from a GPU
-            model = GPT(config, CharTokenizer(saved["chars"]).vocab_size)
+        config = Config(**dict(saved["config"], device="cpu"))  # this machine may have no GPU
         # A trial, then thrown away: do names and shapes fit? Tensors on the meta device have shapes
         # but no memory to copy into, so assign=True puts the file's in their place.
+        with torch.device("meta"):
+            model = GPT(config, CharTokenizer(saved["chars"]).vocab_size)
         model.load_state_dict(dict(saved["best"]), assign=True)
         model.load_state_dict(dict(saved["model"]), assign=True)
         restore(make_optimizers(model, config), saved["optimizer"])
+        # These three are checked as well: int, dict and saved[...] fail if they are no good.
         saved.update(step=int(saved["step"]), losses=dict(saved["losses"]), corpus=saved["corpus"])
     except Exception as error:
         raise ValueError(f"{path}: no checkpoint of gpt.py, or damaged: {error!r:.150}")
@@ -526,10 +526,11 @@ def load_checkpoint(path):
 
 
 def find_checkpoint(config):
-    """[path, checkpoint] that a run starts from: its own, else that of init_from, else ["", {}]."""
-    path = config.out if os.path.exists(config.out) else config.init_from
-    found = [path, load_checkpoint(path) if path and RANK == 0 else {}]
-    if WORLD > 1:  # process 0 sends its list, and in the others this fills found with it
+    """[whether the run carries on, checkpoint]: its own, else that of init_from, else {}."""
+    carries_on = os.path.exists(config.out)
+    path = config.out if carries_on else config.init_from
+    found = [carries_on, load_checkpoint(path) if path and RANK == 0 else {}]
+    if WORLD > 1:  # process 0 sends its list, which replaces what the others have in theirs
         torch.distributed.broadcast_object_list(found, device=torch.device("cpu"))
     return found
 
@@ -544,9 +545,9 @@ def load_model(path, device="cpu"):
 
 # -------------------------------- a run ---------------------------------------------------------
 def build(config, vocab_size):
-    """(a new model on its device, its optimizers, and the same weights in a form for training).
-    A CPU has few fast cores, a GPU thousands of slow ones, which suits matrix products. CUDA is how
-    NVIDIA's are programmed. .to(device) moves tensors; those that meet must be on the same one."""
+    """Returns a new model on its device, its optimizers, and the model in a form for training.
+    A CPU has few fast cores, a GPU thousands of slow ones, which suits matrix products. CUDA is the
+    way to program NVIDIA's. .to(device) moves tensors; those in a product must be on the same."""
     if config.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # one for each process
         torch.set_float32_matmul_precision("high")  # TF32: fewer digits, far faster
@@ -558,22 +559,22 @@ def build(config, vocab_size):
 
 
 def make_muon(model, config):
-    """(the matrices left to AdamW, [Muon]). Muon (Jordan 2024) moves those of the blocks by their
-    momentum, an average of gradients, in which a few directions are far stronger than the rest. It
-    evens them out (makes it roughly orthogonal). match_rms_adamw: AdamW's learning rate will do."""
+    """Returns the matrices left to AdamW, and [Muon] for those of the blocks (Jordan 2024).
+    Like Adam it averages gradients, but then changes the average so that a matrix moves about as
+    far in each direction (how, one need not know). match_rms_adamw: with AdamW's learning rate."""
     group = [{"params": [p for p in model.blocks.parameters() if p.ndim == 2]}]
     muon = torch.optim.Muon(group, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
     return [model.tokens.weight, model.positions.weight, model.lm_head.weight], [muon]
 
 
 def draw_batches(data, config, step):
-    """Yields (seed, x, y) for each batch of a step that is this process's: of two processes, the
-    first takes batches 0, 2, 4 and so on. All random numbers follow from seed and step: a resumed
-    run draws what it would have drawn, and several processes together draw what one would."""
+    """Yields (seed, x, y) for this process's batches of a step: of two processes, the first takes
+    batches 0, 2, 4 and so on. All random numbers follow from seed and step: a resumed run draws
+    what it would have drawn, and several processes together draw what one would."""
     draw = np.random.default_rng((config.seed, step))
     starts = draw.integers(0, len(data) - config.block_size, (config.grad_accum, config.batch_size))
     for micro in range(RANK, config.grad_accum, WORLD):
-        # This makes one number of the three.
+        # One number made of three: a seed that no other batch has.
         seed = np.random.SeedSequence((config.seed, step, micro)).generate_state(1, np.uint64)[0]
         yield seed, *get_batch(data, config, starts[micro])
 
@@ -593,11 +594,10 @@ def sample(model, tokenizer, length):
 
 
 def describe(splits, tokenizer, config):
-    """A line about a corpus, by which a resumed run knows it again. The checksum is over the first
-    8 million characters of each split, since a corpus can have 40 GB."""
+    """A line about a corpus, by which a resumed run knows it (checksum: of 8 million a split)."""
     ids = np.concatenate([split[: 2**23] for split in splits.values()])
-    text = (f"{len(splits['train']):,} + {len(splits['val']):,} characters, {zlib.crc32(ids):08x}, "
-            f"{tokenizer.vocab_size:,} different, {np.mean(ids == tokenizer.unk):.2%} unknown")
+    text = (f"{sum(map(len, splits.values())):,} characters, vocabulary {tokenizer.vocab_size:,}, "
+            f"{np.mean(ids == tokenizer.unk):.2%} unknown, checksum {zlib.crc32(ids):08x}")
     if config.data.endswith(".jsonl"):
         lengths = np.diff(np.flatnonzero(ids == tokenizer.end), prepend=-1)  # from END to END
         text += f", {np.mean(lengths > config.block_size):.1%} of pairs longer than block_size"
@@ -619,7 +619,7 @@ def train(config):
     command does them again, and ends with the same weights as if it had never been stopped."""
     if config.grad_accum % WORLD:
         raise ValueError(f"grad_accum {config.grad_accum} must be divisible by {WORLD} processes")
-    path, saved = find_checkpoint(config)
+    carries_on, saved = find_checkpoint(config)
     splits, tokenizer = load_data(config, saved.get("chars", ""))
     corpus = describe(splits, tokenizer, config)
     tqdm.write(f"corpus  {config.data or 'the Python documentation'}: {corpus}")
@@ -629,24 +629,24 @@ def train(config):
     if saved:
         # A trained model is never overwritten by another one: the checkpoint must fit this run.
         old, new = dict(saved, **saved["config"]), dict(run, **run["config"])
-        resuming = path == config.out  # else it is that of init_from
-        for name in FIXED if resuming else ARCHITECTURE:
+        for name in FIXED if carries_on else ARCHITECTURE:
             if old[name] != new[name]:
-                raise ValueError(f"{path}: {name} {old[name]!s:.99}, not {new[name]!s:.99}: "
-                                 "leave the flag out or name another --out")
+                raise ValueError(f"the model has {name} {old[name]!s:.99}, not {new[name]!s:.99}"
+                                 ": leave the flag out or name another --out")
         # Fine-tuning starts from the best weights, and carrying on from the latest.
-        model.load_state_dict(saved["model" if resuming else "best"])
-        if resuming:
+        model.load_state_dict(saved["model" if carries_on else "best"])
+        if carries_on:
             restore(optimizers, saved["optimizer"])
             run = dict(saved, config=asdict(config))
     tqdm.write(f"model   {config.out} ({config.device}, {config.dtype}) at step {run['step']:,} of "
                f"{config.max_iters:,}, {sum(p.numel() for p in model.parameters()):,} parameters")
     # A loop over steps, with a progress bar that counts their characters. disable=None hides it
     # where there is no terminal. The last round, at max_iters, only evaluates.
+    characters = config.batch_size * config.grad_accum * config.block_size  # of a step
     bar = tqdm(range(run["step"], config.max_iters + 1), initial=run["step"], unit="char",
-               unit_scale=config.batch_size * config.grad_accum * config.block_size,
-               total=config.max_iters, disable=RANK > 0 or None)
-    losses = run["losses"]  # of the evaluations so far; due are the steps for more of them
+               total=config.max_iters, unit_scale=characters, disable=RANK > 0 or None)
+    losses = run["losses"]  # {step: {"train": loss, "val": loss}}
+    # Evaluations are due every eval_interval steps and at the end; a resumed run has some already.
     due = {*range(0, config.max_iters, config.eval_interval), config.max_iters} - set(losses)
     for step in bar:
         stopping = len(STOP) > 0
@@ -654,9 +654,9 @@ def train(config):
             losses[step] = estimate_loss(model, splits, config)
             train_loss, val_loss = losses[step].values()
             if math.isnan(val_loss):
-                raise ValueError(f"step {step}: the loss is no number; lower --learning_rate")
-            # The answers of held-out pairs are facts that the model was never told. Their loss
-            # rises while it learns, so of pairs the latest weights are kept. (Copies of them.)
+                raise ValueError(f"step {step}: the loss is not a number; lower --learning_rate")
+            # With pairs, the answers in val are facts that train does not tell. Their loss rises
+            # while the model learns the others, so there the latest weights count as the best.
             if val_loss == min(r["val"] for r in losses.values()) or config.data.endswith(".jsonl"):
                 run["best"] = {name: p.clone() for name, p in model.state_dict().items()}
             text = " ".join(sample(model, tokenizer, 60).split())
@@ -672,7 +672,7 @@ def train(config):
         if step % 10 == 0 and not bar.disable:
             bar.set_postfix(loss=f"{loss.item():.3f}")
     curve = [row["val"] for row in losses.values()]
-    bars = "".join("▁▂▃▄▅▆▇█"[int(7 * loss / max(curve))] for loss in curve)
+    bars = "".join("▁▂▃▄▅▆▇█"[round(7 * (loss - min(curve)) / max(curve))] for loss in curve)
     tqdm.write(f"losses  last {curve[-1]:.4f}, best {min(curve):.4f}   {bars}")
     if config.device == "cuda":
         tqdm.write(f"memory  {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU at most")
@@ -683,7 +683,7 @@ def train(config):
 
 def tune(config):
     """Times training with different settings at an unchanged total batch (lessons: auto-tuning and
-    efficiency testing, for only what is measured can be made faster)."""
+    efficiency testing, since only measuring tells what is faster)."""
     splits, tokenizer = load_data(config)
     total = config.batch_size * config.grad_accum
     rates = {}
@@ -707,7 +707,7 @@ def tune(config):
 # -------------------------------- the command line ----------------------------------------------
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        """A mistake is one line on stderr and exit status 2. (argparse calls this, and we do.)"""
+        """A mistake is one line on stderr and exit status 2. argparse calls this, and main does."""
         self.exit(2, f"{self.prog}: {printable(' '.join(str(message).split()))}\n")
 
 
@@ -716,13 +716,13 @@ def main(argv=None):
     settings = inspect.getsource(Config).partition("\n\n")[0]  # its text up to the empty line
     parser = Parser(description=settings, formatter_class=argparse.RawDescriptionHelpFormatter,
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)  # absent if not given
-    for field in fields(Config)[:-1]:
+    for field in fields(Config)[:-1]:  # the last is compile
         parser.add_argument(f"--{field.name}", type=field.type)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction)  # and --no-compile
     parser.add_argument("--tune", action="store_true", help="find the fastest settings instead")
     flags = vars(parser.parse_args(argv))
     work = tune if flags.pop("tune", False) else train
-    on_signal = ask_to_stop if work is train and WORLD == 1 else signal.SIG_DFL  # the default
+    on_signal = ask_to_stop if work is train and WORLD == 1 else signal.SIG_DFL  # which ends it
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     if WORLD > 1:  # they talk to each other, through gloo between CPUs and nccl between GPUs

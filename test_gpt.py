@@ -164,6 +164,12 @@ def test_pairs_become_documents_and_are_split_between_them():
     assert val == f"c{UNK}\nd\ne{END}"
 
 
+def test_a_line_of_pairs_ends_at_a_line_feed_and_nowhere_else():
+    Path("pairs.jsonl").write_bytes(('{"prompt": "a\u2028", "completion": "b"}\r\n' * 20).encode())
+    train, val = split_texts("pairs.jsonl", block_size=3)
+    assert (train + val).split(END) == ["a\u2028\nb"] * 20 + [""]
+
+
 def test_a_few_pairs_are_repeated_until_a_block_fits():
     Path("pairs.jsonl").write_text(pair("a", "b") * 5)
     train, val = split_texts("pairs.jsonl", block_size=50)
@@ -574,7 +580,7 @@ def test_ctrl_c_saves_after_the_step_and_the_same_command_carries_on():
 
     resumed = run("gpt.py", flags(**settings))
 
-    for shown in (f"at step {stopped} of", "step    300", "losses", "█", '--model "book.pkl"'):
+    for shown in (f"at step {stopped} of", "step    300", "losses", "▁", '--model "book.pkl"'):
         assert shown in resumed.stdout
     whole = train_tiny(**settings, out="whole.pkl")
     assert_same(gpt.load_checkpoint("book.pkl")["model"], whole["model"])
