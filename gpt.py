@@ -15,7 +15,6 @@ and makes it fast; skip it on a first reading. Letters in comments are sizes:
 import argparse, atexit, inspect, itertools, json, math, os, re, signal, sys, timeit, zlib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-
 import numpy as np
 import torch
 from torch import nn
@@ -51,7 +50,7 @@ class Config:
     compile: bool = False         # let torch.compile turn the model into faster code
 
     def __post_init__(self):
-        check(self)  # which stands in part two; dataclass calls this at the end of __init__
+        check(self)  # in part two; dataclass calls __post_init__ at the end of its __init__
 
 
 # -------------------------------- tokenizer and data --------------------------------------------
@@ -79,8 +78,8 @@ class CharTokenizer:
 
     def encode(self, text):
         """str -> ids, 1-D uint16. Characters outside the vocabulary become UNK; it never fails."""
-        utf32 = text.encode("utf-32-le", "surrogatepass")  # 4 bytes each; accepts any text
-        codes = np.frombuffer(utf32, np.uint32)            # and as numbers: "hi" is 104, 105
+        utf32 = text.encode("utf-32-le", "surrogatepass")  # their codes, in 4 bytes each
+        codes = np.frombuffer(utf32, np.uint32)            # as numbers: "hi" is 104, 105
         return self.code_to_id[codes]
 
     def decode(self, ids):
@@ -89,18 +88,18 @@ class CharTokenizer:
 
 
 def clean(text):
-    """Windows' line ends become plain ones. END is ours, so one inside a text becomes UNK."""
+    """Windows' line ends become plain ones. END means more here, so one in a text becomes UNK."""
     return text.replace("\r\n", "\n").replace(END, UNK)
 
 
 def read_documents(path):
-    """The texts of a corpus: one for each line of a .jsonl, {"prompt": ..., "completion": ...}, or
-    all of a UTF-8 file, where bytes that are not UTF-8 become UNK. Without a path: those of the
-    documentation that every CPython carries, half a million characters."""
+    """A list of texts. Of a .jsonl: one for each line, {"prompt": ..., "completion": ...}. Of any
+    other file: the whole, UTF-8, with UNK for bytes that are not. Without a path: the documentation
+    that every CPython carries, half a million characters."""
     if not path:
         from pydoc_data.topics import topics
         return topics.values()
-    text = Path(path).read_bytes().decode("utf-8-sig", "replace")  # without a byte-order mark
+    text = Path(path).read_bytes().decode("utf-8-sig", "replace")  # sig: drops a byte-order mark
     if not path.endswith(".jsonl"):
         return [text]
     documents = []
@@ -118,7 +117,7 @@ def load_data(config, chars=""):
     The first 90 % are for training, the rest for validation: an exam needs questions that the
     homework did not have, or learning by heart would look like learning. A folder is what
     prepare_owt.py made of a corpus larger than memory: np.memmap looks like an array, but reads
-    from its file only what is used. chars: the vocabulary of the model that a run starts from.
+    from its file only what is used. chars: the vocabulary of a model to start from, if any.
     ValueError if the corpus is too short or damaged, OSError if it cannot be read."""
     if os.path.isdir(config.data):
         tokenizer = CharTokenizer(json.loads(Path(config.data, "vocab.json").read_text("utf-8")))
@@ -174,9 +173,9 @@ class Head(nn.Module):
         # In a matrix product each number is a row times a column, summed; inner sizes must agree:
         # (T, D) @ (D, T) -> (T, T), a score for each pair of positions, in each text and head.
         scores = q @ k.transpose(-2, -1)                          # (B, H, T, T)
-        # A sum of D products grows like sqrt(D), since plus and minus partly cancel (100 tosses for
-        # +1 or -1 give some 10, not 100). With large scores softmax would pick one winner, and the
-        # others' shares and gradients would be near 0.
+        # A sum of D products grows like sqrt(D), as plus and minus partly cancel (100 coin tosses,
+        # +1 or -1 each, sum up to some 10, not 100). With large scores softmax picks one winner,
+        # and the others' shares and gradients are near 0.
         scores = scores / math.sqrt(D)
         # Position t sees positions 0 to t, the lower triangle: the rest is the future, which the
         # model is to predict. (The course keeps this constant mask in a register_buffer.)
@@ -247,9 +246,9 @@ class Block(nn.Module):
     Each result is added to its input. This residual keeps what was known, and gives learning a
     short way back to the first layers, since gradients pass a sum unchanged. The norm gives each
     character's C numbers mean 0 and variance 1, so that sums keep one scale. Here it follows the
-    sum: post-norm, as in the course. GPT-2 took pre-norm, x + sublayer(norm(x)).
-    The first Transformer translated: an encoder read one language, and a decoder wrote the other,
-    with cross-attention from the new text to the old. This is the decoder alone."""
+    sum: post-norm, as in the course. GPT-2 uses pre-norm, x + sublayer(norm(x)).
+    The first Transformer was a translator: an encoder read one language, a decoder wrote the other
+    and also looked at what the encoder had read (cross-attention). This is the decoder alone."""
 
     def __init__(self, config):
         super().__init__()
@@ -303,7 +302,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.norm(x))                        # (B, T, V)
         if targets is None:
             return logits, None
-        # In float32 even under bfloat16. (B, T, V) -> (B*T, V) and (B, T) -> (B*T,)
+        # The loss needs float32. Shapes: (B, T, V) -> (B*T, V) and (B, T) -> (B*T,)
         loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         return logits, loss
 
@@ -319,12 +318,12 @@ class GPT(nn.Module):
         index = index[:, -self.config.block_size:]              # crop to what the model can see
         cache = {}
         for _ in range(max_new_tokens):
-            if index.shape[1] > self.config.block_size:
+            if index.shape[1] > self.config.block_size:         # full: go on with its last half
                 index = index[:, -max(1, self.config.block_size // 2):]
                 cache = {}
-            start = index.shape[1] - 1 if cache else 0          # the cache has all but the newest
+            start = index.shape[1] - 1 if cache else 0          # then only the newest is read
             logits, _ = self(index[:, start:], cache=cache, start=start)
-            logits = logits[:, -1].float()                      # (B, V): only this guess is new
+            logits = logits[:, -1].float()                      # (B, V): the next character's
             logits = logits / max(temperature, 1e-6)
             if top_k:                                           # those below the k-th get share 0
                 kth = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
@@ -375,8 +374,8 @@ def make_optimizers(model, config):
         square = 0.99 * square + 0.01 * gradient ** 2       (as in RMSprop)
         weight = weight - learning_rate * average / sqrt(square)
     so that all weights move at a similar pace. 0.9 and 0.99 are its betas. The W (Loshchilov and
-    Hutter 2017) is weight decay: each step also shrinks matrices a little, since it takes large
-    weights to learn by heart. fused: one call moves all weights, instead of several for each."""
+    Hutter 2017) is weight decay: each step also shrinks matrices a little, since learning
+    by heart needs large weights. fused: one call moves all weights, instead of several for each."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
     muon = []
     if config.optimizer == "muon":  # an option, in part two, which takes some of the matrices
@@ -391,8 +390,8 @@ def make_optimizers(model, config):
 def learning_rate(step, config):
     """How far a step of gradient descent goes: too far overshoots, too short crawls. It climbs
     while the optimizer's averages are still guesses, then falls to a tenth, to settle: the cosine
-    goes from 1 to -1, and with it the factor from 1 to 0.1. To find a good one, try a few, a factor
-    of 3 apart, for some hundred steps."""
+    goes from 1 to -1, and with it the factor from 1 to 0.1. To find a good rate, try a few, each 3
+    times the last, for some hundred steps."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
     progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
@@ -410,7 +409,7 @@ def training_step(model, optimizers, batches, config, step):
         torch.manual_seed(int(seed))  # dropout draws from it, so that a step can be done again
         with autocast(config):
             logits, loss = model(x, y)
-        loss = loss / len(batches)  # so that their sum is the mean
+        loss = loss / len(batches)  # the sum over all batches is their mean
         loss.backward()
         total += loss.detach()  # the number alone, without what backward needs
     # One odd batch must not throw the weights far: where the gradients, all as one vector, are
@@ -426,10 +425,11 @@ def training_step(model, optimizers, batches, config, step):
 
 # That is all that a GPT is, and how it learns. A first reading may stop here.
 # ================================ Part two: the craft ===========================================
-# chars is the vocabulary, and corpus a line about the text. A checkpoint holds them, too.
-ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer", "chars")  # must equal a checkpoint's
-FIXED = ARCHITECTURE + ("optimizer", "seed", "init_from", "corpus")    # so must these, to carry on
-OF_THE_MACHINE = ("out", "device", "dtype", "compile")        # are never taken from a checkpoint
+# A checkpoint is a saved model with its settings, its vocabulary (chars) and a line about its text
+# (corpus). To use its weights, ARCHITECTURE must be the same; to carry on, all that is FIXED.
+ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer", "chars")
+FIXED = ARCHITECTURE + ("optimizer", "seed", "init_from", "corpus")
+OF_THE_MACHINE = ("out", "device", "dtype", "compile")  # never taken from a checkpoint
 # torchrun, PyTorch's starter, runs WORLD processes that train together, each with its RANK. Without
 # it RANK is 0 and WORLD is 1. LOCAL_RANK counts the processes, and GPUs, of one machine.
 RANK = int(os.environ.get("RANK", 0))
@@ -449,21 +449,20 @@ def check(config):
         high = {"dropout": 0.99, "n_layer": 1000}.get(name, 2**31)
         if kind in (int, float) and not low <= value <= high:
             raise ValueError(f"{name} must be from {low} to {high}, not {value}")
-    # The default is book.pkl for texts/book.txt, and model.pkl if data is not given.
-    config.out = config.out or Path(config.data or "model").resolve().stem + ".pkl"
+    config.out = config.out or Path(config.data or "model").resolve().stem + ".pkl"  # book.pkl
 
 
 def choose_settings(flags):
     """{name: value} of the flags given -> Config. A flag beats the checkpoint, and that beats the
-    device's defaults. A run that carries on takes everything from its checkpoint that is not
-    OF_THE_MACHINE; one that fine-tunes another's model takes the ARCHITECTURE."""
+    device's defaults. A run that carries on takes all settings from its checkpoint except those
+    OF_THE_MACHINE. One that fine-tunes (init_from) takes only the ARCHITECTURE."""
     settings = {}  # for a CPU, the values in Config are right
     if flags.get("device", Config.device) == "cuda":
         dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
         settings = dict(batch_size=64, block_size=256, max_iters=1500, n_embd=384, n_head=8,
                         n_layer=8, dropout=0.2, learning_rate=1e-3, warmup_iters=200, eval_iters=20,
                         dtype=dtype, compile=sys.platform == "linux")  # where it works
-    config = Config(**flags)  # for now: it knows which checkpoint is meant
+    config = Config(**flags)  # for now: its out and init_from tell which checkpoint is meant
     carries_on, saved = find_checkpoint(config)
     for name, value in saved.get("config", {}).items():
         if name in ARCHITECTURE or (carries_on and name not in OF_THE_MACHINE):
@@ -488,13 +487,13 @@ def save_checkpoint(path, checkpoint):
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: could not be saved, and is as it was: {error}")
+        raise OSError(f"{path}: could not be saved, the file is as it was: {error}")
 
 
 def restore(optimizers, states):
-    """Gives optimizers their averages back (exp_avg and exp_avg_sq are AdamW's, momentum_buffer is
-    Muon's). Fused AdamW does not check sizes: with too short ones, of a damaged file, it reads and
-    writes in memory that is not theirs. So they must fit the weights: RuntimeError."""
+    """Gives optimizers back what they keep for each weight: the number of steps and the averages.
+    PyTorch's fused AdamW does not check their sizes: if a damaged file has shorter ones, it reads
+    and writes past their end. So each must have the size of its weight, or RuntimeError."""
     kept = dict(AdamW=("step", "exp_avg", "exp_avg_sq"), Muon=("momentum_buffer",))
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))  # replaces state only
@@ -518,7 +517,7 @@ def load_checkpoint(path):
         model.load_state_dict(dict(saved["best"]), assign=True)
         model.load_state_dict(dict(saved["model"]), assign=True)
         restore(make_optimizers(model, config), saved["optimizer"])
-        # These three are checked as well: int, dict and saved[...] fail if they are no good.
+        # A check of the rest: int, dict and saved[...] fail where something is wrong or missing.
         saved.update(step=int(saved["step"]), losses=dict(saved["losses"]), corpus=saved["corpus"])
     except Exception as error:
         raise ValueError(f"{path}: no checkpoint of gpt.py, or damaged: {error!r:.150}")
@@ -526,11 +525,11 @@ def load_checkpoint(path):
 
 
 def find_checkpoint(config):
-    """[whether the run carries on, checkpoint]: its own, else that of init_from, else {}."""
+    """[does the run carry on?, the checkpoint of out, else of init_from, else {}]."""
     carries_on = os.path.exists(config.out)
     path = config.out if carries_on else config.init_from
     found = [carries_on, load_checkpoint(path) if path and RANK == 0 else {}]
-    if WORLD > 1:  # process 0 sends its list, which replaces what the others have in theirs
+    if WORLD > 1:  # process 0 sends what it found to the others
         torch.distributed.broadcast_object_list(found, device=torch.device("cpu"))
     return found
 
@@ -546,22 +545,22 @@ def load_model(path, device="cpu"):
 # -------------------------------- a run ---------------------------------------------------------
 def build(config, vocab_size):
     """Returns a new model on its device, its optimizers, and the model in a form for training.
-    A CPU has few fast cores, a GPU thousands of slow ones, which suits matrix products. CUDA is the
-    way to program NVIDIA's. .to(device) moves tensors; those in a product must be on the same."""
+    A CPU has few fast cores, a GPU thousands of slow ones, which suits matrix products. CUDA is how
+    one programs NVIDIA's. .to(device) moves tensors: two to be multiplied must be on the same."""
     if config.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # one for each process
         torch.set_float32_matmul_precision("high")  # TF32: fewer digits, far faster
     torch.manual_seed(config.seed)
     model = GPT(config, vocab_size).to(config.device)
     fast = torch.compile(model) if config.compile else model
-    fast = nn.parallel.DistributedDataParallel(fast) if WORLD > 1 else fast  # means of gradients
+    fast = nn.parallel.DistributedDataParallel(fast) if WORLD > 1 else fast  # one gradient
     return model, make_optimizers(model, config), fast
 
 
 def make_muon(model, config):
     """Returns the matrices left to AdamW, and [Muon] for those of the blocks (Jordan 2024).
     Like Adam it averages gradients, but then changes the average so that a matrix moves about as
-    far in each direction (how, one need not know). match_rms_adamw: with AdamW's learning rate."""
+    far in each direction. match_rms_adamw makes it work with AdamW's learning rate."""
     group = [{"params": [p for p in model.blocks.parameters() if p.ndim == 2]}]
     muon = torch.optim.Muon(group, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
     return [model.tokens.weight, model.positions.weight, model.lm_head.weight], [muon]
@@ -580,7 +579,8 @@ def draw_batches(data, config, step):
 
 
 def printable(text):
-    """Text for a terminal: control characters become UNK, but tab (09) and line end (0a) stay."""
+    """Text for a terminal: control characters, and those that turn the direction of writing (202a
+    to 2069), become UNK; tab (09) and line end (0a) stay."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", UNK, text)
 
 
@@ -594,12 +594,12 @@ def sample(model, tokenizer, length):
 
 
 def describe(splits, tokenizer, config):
-    """A line about a corpus, by which a resumed run knows it (checksum: of 8 million a split)."""
+    """A line by which to recognize a corpus. Of each split, 8 million characters are looked at."""
     ids = np.concatenate([split[: 2**23] for split in splits.values()])
     text = (f"{sum(map(len, splits.values())):,} characters, vocabulary {tokenizer.vocab_size:,}, "
             f"{np.mean(ids == tokenizer.unk):.2%} unknown, checksum {zlib.crc32(ids):08x}")
     if config.data.endswith(".jsonl"):
-        lengths = np.diff(np.flatnonzero(ids == tokenizer.end), prepend=-1)  # from END to END
+        lengths = np.diff(np.flatnonzero(ids == tokenizer.end), prepend=-1)  # ENDs at 3, 7: 4, 4
         text += f", {np.mean(lengths > config.block_size):.1%} of pairs longer than block_size"
     return text
 
@@ -608,9 +608,9 @@ STOP = []  # the signals that have asked this program to end
 
 
 def ask_to_stop(number, frame):
-    """Python calls this at Ctrl-C and SIGTERM (see main): train ends after the step, and saves."""
+    """Python calls this at Ctrl-C and SIGTERM (see main): train ends its step, saves and stops."""
     STOP.append(number)
-    signal.signal(number, signal.SIG_DFL)  # from now on the default: a second one ends it at once
+    signal.signal(number, signal.SIG_DFL)  # back to the default: a second one ends all at once
 
 
 def train(config):
@@ -627,7 +627,7 @@ def train(config):
     run = dict(config=asdict(config), chars=tokenizer.chars, corpus=corpus, step=0, losses={})
     model, optimizers, fast = build(config, tokenizer.vocab_size)
     if saved:
-        # A trained model is never overwritten by another one: the checkpoint must fit this run.
+        # A trained model is never overwritten by another one: it must fit this run.
         old, new = dict(saved, **saved["config"]), dict(run, **run["config"])
         for name in FIXED if carries_on else ARCHITECTURE:
             if old[name] != new[name]:
@@ -655,8 +655,8 @@ def train(config):
             train_loss, val_loss = losses[step].values()
             if math.isnan(val_loss):
                 raise ValueError(f"step {step}: the loss is not a number; lower --learning_rate")
-            # With pairs, the answers in val are facts that train does not tell. Their loss rises
-            # while the model learns the others, so there the latest weights count as the best.
+            # With pairs, val asks for facts that are not in train: its loss rises while the model
+            # learns the others, so the latest weights count as the best.
             if val_loss == min(r["val"] for r in losses.values()) or config.data.endswith(".jsonl"):
                 run["best"] = {name: p.clone() for name, p in model.state_dict().items()}
             text = " ".join(sample(model, tokenizer, 60).split())
@@ -695,7 +695,7 @@ def tune(config):
         try:
             model, optimizers, fast = build(trial, tokenizer.vocab_size)
             batches = list(draw_batches(splits["train"], trial, step=0))
-            # item waits until a GPU is done. The fastest of six counts: the first ones warm up.
+            # item() waits for the GPU. The fastest of six steps counts: the first ones warm up.
             work = lambda: training_step(fast, optimizers, batches, trial, step=0).item()
             rates[flags] = total * config.block_size / min(timeit.repeat(work, number=1, repeat=6))
             print(f"{rates[flags]:12,.0f} characters a second   {flags}")
@@ -707,7 +707,7 @@ def tune(config):
 # -------------------------------- the command line ----------------------------------------------
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        """A mistake is one line on stderr and exit status 2. argparse calls this, and main does."""
+        """A mistake is one line on stderr and exit status 2. (argparse calls this as well.)"""
         self.exit(2, f"{self.prog}: {printable(' '.join(str(message).split()))}\n")
 
 
@@ -722,7 +722,7 @@ def main(argv=None):
     parser.add_argument("--tune", action="store_true", help="find the fastest settings instead")
     flags = vars(parser.parse_args(argv))
     work = tune if flags.pop("tune", False) else train
-    on_signal = ask_to_stop if work is train and WORLD == 1 else signal.SIG_DFL  # which ends it
+    on_signal = ask_to_stop if work is train and WORLD == 1 else signal.SIG_DFL  # or end at once
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     if WORLD > 1:  # they talk to each other, through gloo between CPUs and nccl between GPUs
