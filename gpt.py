@@ -88,14 +88,14 @@ class CharTokenizer:
 
 
 def clean(text):
-    """Windows' line ends become plain ones. END means more here, so one in a text becomes UNK."""
+    """Windows' line ends become plain ones. An END inside a text becomes UNK: it is ours to set."""
     return text.replace("\r\n", "\n").replace(END, UNK)
 
 
 def read_documents(path):
     """A list of texts. Of a .jsonl: one for each line, {"prompt": ..., "completion": ...}. Of any
-    other file: the whole, UTF-8, with UNK for bytes that are not. Without a path: the documentation
-    that every CPython carries, half a million characters."""
+    other file: the whole, in UTF-8; bytes that are not UTF-8 become UNK. Without a path: the
+    documentation that every CPython carries, half a million characters."""
     if not path:
         from pydoc_data.topics import topics
         return topics.values()
@@ -131,7 +131,7 @@ def load_data(config, chars=""):
         train, val = np.split(ids, [cut])
         if config.data.endswith(".jsonl"):
             cut = text.rfind(END, 0, cut) + 1  # back to where a pair ends
-            # A few pairs are repeated until a block fits: 50 ids become 3 copies, more than 128.
+            # A few pairs are repeated until a block fits: of 50 ids, 3 copies are longer than 128.
             train = np.tile(ids[:cut], 1 + config.block_size // max(1, cut))
             val = np.tile(ids[cut:], 1 + config.block_size // max(1, len(ids) - cut))
     if min(len(train), len(val)) <= config.block_size:
@@ -314,7 +314,7 @@ class GPT(nn.Module):
         above 1 evens them out. top_k allows only the k likeliest.
         The model sees block_size characters. When there are more, say 9 instead of 8, all but the
         last 4 are dropped. These get new positions, 0 to 3, so what the cache holds of them is
-        wrong: they are read again. That happens once in 4 characters, however long the text is."""
+        wrong: they are read again. This happens once in 4 characters, however long the text is."""
         index = index[:, -self.config.block_size:]              # crop to what the model can see
         cache = {}
         for _ in range(max_new_tokens):
@@ -409,7 +409,7 @@ def training_step(model, optimizers, batches, config, step):
         torch.manual_seed(int(seed))  # dropout draws from it, so that a step can be done again
         with autocast(config):
             logits, loss = model(x, y)
-        loss = loss / len(batches)  # the sum over all batches is their mean
+        loss = loss / len(batches)  # the batches' losses add up to their mean
         loss.backward()
         total += loss.detach()  # the number alone, without what backward needs
     # One odd batch must not throw the weights far: where the gradients, all as one vector, are
@@ -426,7 +426,7 @@ def training_step(model, optimizers, batches, config, step):
 # That is all that a GPT is, and how it learns. A first reading may stop here.
 # ================================ Part two: the craft ===========================================
 # A checkpoint is a saved model with its settings, its vocabulary (chars) and a line about its text
-# (corpus). To use its weights, ARCHITECTURE must be the same; to carry on, all that is FIXED.
+# (corpus). A run that uses its weights must have the same ARCHITECTURE; to carry on, all of FIXED.
 ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer", "chars")
 FIXED = ARCHITECTURE + ("optimizer", "seed", "init_from", "corpus")
 OF_THE_MACHINE = ("out", "device", "dtype", "compile")  # never taken from a checkpoint
@@ -461,7 +461,7 @@ def choose_settings(flags):
         dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
         settings = dict(batch_size=64, block_size=256, max_iters=1500, n_embd=384, n_head=8,
                         n_layer=8, dropout=0.2, learning_rate=1e-3, warmup_iters=200, eval_iters=20,
-                        dtype=dtype, compile=sys.platform == "linux")  # where it works
+                        dtype=dtype, compile=sys.platform == "linux")  # it works there
     config = Config(**flags)  # for now: its out and init_from tell which checkpoint is meant
     carries_on, saved = find_checkpoint(config)
     for name, value in saved.get("config", {}).items():
@@ -546,21 +546,21 @@ def load_model(path, device="cpu"):
 def build(config, vocab_size):
     """Returns a new model on its device, its optimizers, and the model in a form for training.
     A CPU has few fast cores, a GPU thousands of slow ones, which suits matrix products. CUDA is how
-    one programs NVIDIA's. .to(device) moves tensors: two to be multiplied must be on the same."""
+    NVIDIA's GPUs are programmed. .to(device) moves tensors; to meet, they must be on the same."""
     if config.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # one for each process
         torch.set_float32_matmul_precision("high")  # TF32: fewer digits, far faster
     torch.manual_seed(config.seed)
     model = GPT(config, vocab_size).to(config.device)
     fast = torch.compile(model) if config.compile else model
-    fast = nn.parallel.DistributedDataParallel(fast) if WORLD > 1 else fast  # one gradient
+    fast = nn.parallel.DistributedDataParallel(fast) if WORLD > 1 else fast  # mean gradients
     return model, make_optimizers(model, config), fast
 
 
 def make_muon(model, config):
     """Returns the matrices left to AdamW, and [Muon] for those of the blocks (Jordan 2024).
-    Like Adam it averages gradients, but then changes the average so that a matrix moves about as
-    far in each direction. match_rms_adamw makes it work with AdamW's learning rate."""
+    Like Adam it averages gradients, but then changes the average so that a matrix is moved equally
+    far in all directions (nearly). match_rms_adamw makes it work with AdamW's learning rate."""
     group = [{"params": [p for p in model.blocks.parameters() if p.ndim == 2]}]
     muon = torch.optim.Muon(group, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
     return [model.tokens.weight, model.positions.weight, model.lm_head.weight], [muon]
@@ -610,7 +610,7 @@ STOP = []  # the signals that have asked this program to end
 def ask_to_stop(number, frame):
     """Python calls this at Ctrl-C and SIGTERM (see main): train ends its step, saves and stops."""
     STOP.append(number)
-    signal.signal(number, signal.SIG_DFL)  # back to the default: a second one ends all at once
+    signal.signal(number, signal.SIG_DFL)  # the default: at a second one, Python ends at once
 
 
 def train(config):
@@ -656,7 +656,7 @@ def train(config):
             if math.isnan(val_loss):
                 raise ValueError(f"step {step}: the loss is not a number; lower --learning_rate")
             # With pairs, val asks for facts that are not in train: its loss rises while the model
-            # learns the others, so the latest weights count as the best.
+            # learns those in train, so the latest weights count as the best.
             if val_loss == min(r["val"] for r in losses.values()) or config.data.endswith(".jsonl"):
                 run["best"] = {name: p.clone() for name, p in model.state_dict().items()}
             text = " ".join(sample(model, tokenizer, 60).split())
@@ -722,7 +722,7 @@ def main(argv=None):
     parser.add_argument("--tune", action="store_true", help="find the fastest settings instead")
     flags = vars(parser.parse_args(argv))
     work = tune if flags.pop("tune", False) else train
-    on_signal = ask_to_stop if work is train and WORLD == 1 else signal.SIG_DFL  # or end at once
+    on_signal = ask_to_stop if work is train and WORLD == 1 else signal.SIG_DFL  # ends at once
     signal.signal(signal.SIGINT, on_signal)
     signal.signal(signal.SIGTERM, on_signal)
     if WORLD > 1:  # they talk to each other, through gloo between CPUs and nccl between GPUs
