@@ -314,7 +314,7 @@ class GPT(nn.Module):
         above 1 evens them out. top_k allows only the k likeliest.
         The model sees block_size characters. When there are more, say 9 instead of 8, all but the
         last 4 are dropped. These get new positions, 0 to 3, so what the cache holds of them is
-        wrong: they are read again. This happens once in 4 characters, however long the text is."""
+        wrong: they are read again. That is once in half a block, however long the text is."""
         index = index[:, -self.config.block_size:]              # crop to what the model can see
         cache = {}
         for _ in range(max_new_tokens):
@@ -461,7 +461,7 @@ def choose_settings(flags):
         dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
         settings = dict(batch_size=64, block_size=256, max_iters=1500, n_embd=384, n_head=8,
                         n_layer=8, dropout=0.2, learning_rate=1e-3, warmup_iters=200, eval_iters=20,
-                        dtype=dtype, compile=sys.platform == "linux")  # it works there
+                        dtype=dtype, compile=sys.platform == "linux")  # torch has triton there
     config = Config(**flags)  # for now: its out and init_from tell which checkpoint is meant
     carries_on, saved = find_checkpoint(config)
     for name, value in saved.get("config", {}).items():
@@ -546,14 +546,14 @@ def load_model(path, device="cpu"):
 def build(config, vocab_size):
     """Returns a new model on its device, its optimizers, and the model in a form for training.
     A CPU has few fast cores, a GPU thousands of slow ones, which suits matrix products. CUDA is how
-    NVIDIA's GPUs are programmed. .to(device) moves tensors; to meet, they must be on the same."""
+    NVIDIA's GPUs are programmed. .to(device) moves tensors; a product needs both on one."""
     if config.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # one for each process
         torch.set_float32_matmul_precision("high")  # TF32: fewer digits, far faster
     torch.manual_seed(config.seed)
     model = GPT(config, vocab_size).to(config.device)
     fast = torch.compile(model) if config.compile else model
-    fast = nn.parallel.DistributedDataParallel(fast) if WORLD > 1 else fast  # mean gradients
+    fast = nn.parallel.DistributedDataParallel(fast) if WORLD > 1 else fast  # averages gradients
     return model, make_optimizers(model, config), fast
 
 
@@ -631,8 +631,8 @@ def train(config):
         old, new = dict(saved, **saved["config"]), dict(run, **run["config"])
         for name in FIXED if carries_on else ARCHITECTURE:
             if old[name] != new[name]:
-                raise ValueError(f"the model has {name} {old[name]!s:.99}, not {new[name]!s:.99}"
-                                 ": leave the flag out or name another --out")
+                raise ValueError(f"the checkpoint was trained with {name} {old[name]!s:.99}, not "
+                                 f"{new[name]!s:.99}: leave the flag out or name another --out")
         # Fine-tuning starts from the best weights, and carrying on from the latest.
         model.load_state_dict(saved["model" if carries_on else "best"])
         if carries_on:

@@ -907,6 +907,17 @@ def test_a_flag_left_out_comes_from_the_checkpoint():
     assert gpt.load_checkpoint("book.pkl")["step"] == 7
 
 
+def test_a_checkpoint_of_a_machine_with_another_device_is_read_here():
+    checkpoint = train_tiny()
+    checkpoint["config"]["device"] = "mps"  # which no Linux has
+    torch.save(checkpoint, "book.pkl")
+    assert gpt.load_model("book.pkl")[2].device == "cpu"
+    gpt.main(["--data", "book.txt", "--no-compile", "--max_iters", "7"])
+    assert gpt.load_checkpoint("book.pkl")["step"] == 7
+    with pytest.raises(ValueError, match="device must be .*'mps'"):
+        gpt.load_model("book.pkl", "mps")
+
+
 def test_micro_batches_must_be_divisible_by_the_processes(monkeypatch):
     monkeypatch.setattr(gpt, "WORLD", 2)
     with pytest.raises(ValueError, match="grad_accum 3 .* 2 processes"):
