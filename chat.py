@@ -6,105 +6,191 @@
     python chat.py --int8              weights in a quarter of the memory
 """
 import os, sys, time
-from contextlib import suppress
 import torch
 import gpt
 
+HELP = "/why shows what else might have come, /clear forgets, /quit leaves, Ctrl-C stops an answer"
+
 
 class Chat:
-    """A conversation. A model remembers nothing: each time, it reads again what has been said, the
-    context, and sees the last block_size characters of it. options: those of GPT.stream."""
+    """A conversation. A model remembers nothing: each time, it reads again what has been said. It
+    sees at most block_size characters, and from time to time only the last half of them (see
+    GPT.stream). options: temperature and the like, for GPT.stream."""
 
-    def __init__(self, model, tokenizer, config, **options):
-        self.model, self.tokenizer = model, tokenizer
-        self.config, self.options = config, options
-        self.answers = config.data.endswith(".jsonl")  # it was trained on prompts and answers
-        self.context = []  # token ids
+    def __init__(self, model, tokenizer, **options):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = model.config
+        self.options = options
+        self.answers = gpt.kind_of(self.config.data) == "pairs"  # trained on prompts and answers
+        self.turns = []  # token ids: a list for each prompt with its answer
 
-    def answer(self, prompt):
-        """Yields the characters that follow prompt, fit for a terminal. The context grows by both.
-        A model trained on pairs reads what it read in training (END, prompt, line end) and answers
-        until END. Any other model continues the text as typed."""
+    def read(self, prompt):
+        """Adds a prompt to the conversation; says on stderr what the model cannot see of it.
+        A model trained on pairs gets what it got in training: END, prompt, line end. Any other
+        model gets the text as typed."""
+        prompt = gpt.clean(prompt)
         if self.answers:
-            self.context.append(self.tokenizer.end)
             prompt += "\n"
         ids = self.tokenizer.encode(prompt).tolist()
         unknown = ids.count(self.tokenizer.unk)
-        if unknown:
+        if unknown > 0:
             print(f"(characters that the model has never seen: {unknown})", file=sys.stderr)
         if len(ids) > self.config.block_size:
-            print(f"(prompt cut to its last {self.config.block_size} characters)", file=sys.stderr)
-        self.context = (self.context + ids) or [self.tokenizer.end]  # a text begins after an END
-        index = torch.tensor([self.context], device=self.config.device)
-        for token in self.model.stream(index, **self.options):
-            token = token.item()
-            if self.answers and token == self.tokenizer.end:
+            seen = f"the last {self.config.block_size} characters at most"
+            print(f"(too long: the model sees {seen})", file=sys.stderr)
+        if self.answers or not self.context() + ids:
+            ids.insert(0, self.tokenizer.end)  # a text begins after an END
+        self.turns.append(ids)
+        # An answer has room if what is read before it fills at most half of what the model sees.
+        # Whole turns are dropped for that: half a question would get a wrong answer.
+        while self.answers and len(self.turns) > 1 and len(self.context()) > self.room():
+            del self.turns[0]
+
+    def room(self):
+        """How many characters of a conversation are read before an answer."""
+        return self.config.block_size // 2
+
+    def context(self):
+        """The conversation as the model reads it: all token ids."""
+        ids = []
+        for turn in self.turns:
+            ids += turn
+        return ids
+
+    def answer(self, prompt):
+        """Yields the characters that follow prompt, fit for a terminal: those of an answer, until
+        END, or the text's continuation."""
+        self.read(prompt)
+        index = torch.tensor([self.context()]).to(self.config.device)
+        for drawn in self.model.stream(index, **self.options):
+            id = drawn.item()
+            if self.answers and id == self.tokenizer.end:
                 return
-            self.context.append(token)
-            yield gpt.printable(self.tokenizer.decode([token]).replace(gpt.END, "\n"))
+            self.turns[-1].append(id)
+            char = self.tokenizer.decode([id])
+            yield gpt.printable(char.replace(gpt.END, "\n"))
 
     def show(self, prompt, stats=False):
         """Prints the answer as it comes; Ctrl-C ends it."""
         start = time.perf_counter()
         count = 0
-        with suppress(KeyboardInterrupt):
-            for count, text in enumerate(self.answer(prompt), start=1):
-                print(text, end="", flush=True)
+        try:
+            for char in self.answer(prompt):
+                print(char, end="", flush=True)
+                count += 1
+        except KeyboardInterrupt:
+            pass
         print(flush=True)
         if stats:
             rate = count / (time.perf_counter() - start)
             print(f"({count} characters, {rate:,.0f} a second)", file=sys.stderr)
 
+    @torch.no_grad()
+    def why(self, length=12):
+        """A line for each of the last characters of the conversation, typed or written: how likely
+        the model found it, before temperature and top_k, and what else might have come. The loss of
+        a text is the mean of -ln(share) over such shares."""
+        ids = self.context()[-self.config.block_size:]
+        if len(ids) < 2:
+            return ["nothing to explain yet"]
+        index = torch.tensor([ids[:-1]]).to(self.config.device)
+        logits, _ = self.model(index)
+        shares = logits[0].float().softmax(dim=-1)  # (T, V): row t is about character t + 1
+        lines = []
+        for place in range(max(1, len(ids) - length), len(ids)):
+            row = shares[place - 1]
+            came = ids[place]
+            others = row.argsort(descending=True).tolist()
+            others.remove(came)
+            line = f"{self.name(came)} {self.bar(row[came])} {row[came]:6.1%}   else"
+            for id in others[:4]:
+                line += f"  {self.name(id)} {row[id]:6.1%}"
+            lines.append(line)
+        return lines
 
-def talk(chat, stats):
-    """Answers lines until there are no more. Into a pipe goes the text and nothing else."""
-    with suppress(ImportError):
-        import readline  # noqa: F401  makes input() edit lines; Windows has none
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    def name(self, id):
+        """A character in a form that one can see, five wide: a space is ' '."""
+        char = self.tokenizer.chars[id]
+        names = {gpt.END: "END", gpt.UNK: "UNK"}
+        return f"{names.get(char, ascii(char) if not char.isprintable() else repr(char)):5}"
+
+    def bar(self, share):
+        """A share as a bar, ten wide."""
+        full = round(10 * share.item())
+        return "█" * full + "·" * (10 - full)
+
+
+def typed_lines(prompt):
+    """Yields what is typed, or comes from a pipe, line by line, whatever its line ends are."""
     while True:
         try:
-            line = input("> " if terminal else "")
+            line = input(prompt)
         except KeyboardInterrupt:
             print()
             continue
         except EOFError:
-            if terminal:
-                print()
-            return
+            break
+        text = gpt.clean(line + "\n")
+        yield from text[:-1].split("\n")
+    if prompt:
+        print()
+
+
+def talk(chat, stats):
+    """Answers lines until there are no more. Into a pipe goes the text and nothing else."""
+    try:
+        import readline  # noqa: F401  makes input() edit lines
+    except ImportError:
+        pass  # Windows has none
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    prompt = ""
+    if terminal:
+        prompt = "> "
+    for line in typed_lines(prompt):
         if line == "/quit":
             return
         if line == "/clear":
-            chat.context = []
+            chat.turns = []
+        elif line == "/why":
+            print("\n".join(chat.why()))
         elif line == "/help":
-            print("/clear forgets, /quit or Ctrl-D leaves, Ctrl-C stops an answer", file=sys.stderr)
+            print(HELP, file=sys.stderr)
         elif line or not chat.answers:  # with an empty line, a base model goes on
             if not terminal and not chat.answers:
                 print(gpt.printable(line), end="")  # from a pipe: it is not on screen
             chat.show(line, stats)
 
 
+# -------------------------------- 8 bits a weight -----------------------------------------------
 class Int8Linear(torch.nn.Module):
     """An nn.Linear with 8 bits a weight, whole numbers from -127 to 127, and a scale for each row:
-    generation mostly waits for weights to come from memory. 8 bits lose nothing that can be
-    measured here; 4, as in QLoRA (Dettmers et al. 2023), halve the memory again, at some cost."""
+    a quarter of the memory. On a CPU, generation mostly waits for weights to come from memory.
+    8 bits lose nothing that can be measured here; 4, as in QLoRA (Dettmers et al. 2023), halve the
+    memory again, at some cost."""
 
     def __init__(self, linear):
         super().__init__()
         weight = linear.weight.detach()                          # (out, in)
         scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127  # (out,): the largest becomes 127
+        whole = (weight / scale[:, None]).round()
         # A buffer is saved and moved with the module, but not learned.
-        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("weight", whole.to(torch.int8))
         self.register_buffer("scale", scale)
         self.bias = linear.bias
 
     def forward(self, x):
         # PyTorch's own product with 8-bit weights, where it has one, takes widths of 16, 32, 48 ...
         product = getattr(torch, "_weight_int8pack_mm", None)
-        if product and x.device.type == "cpu" and x.shape[-1] % 16 == 0:
-            y = product(x.flatten(0, -2), self.weight, self.scale).view(*x.shape[:-1], -1)
+        if product and x.shape[-1] % 16 == 0:
+            rows = x.flatten(0, -2)
+            y = product(rows, self.weight, self.scale)
+            y = y.view(*x.shape[:-1], -1)
         else:
             y = torch.nn.functional.linear(x, self.weight.to(x.dtype)) * self.scale
-        return y if self.bias is None else y + self.bias
+        if self.bias is not None:
+            y = y + self.bias
+        return y
 
 
 def quantize(model):
@@ -115,9 +201,15 @@ def quantize(model):
     return model.bfloat16()
 
 
-def main(argv=None):
-    """The command line."""
-    parser = gpt.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+def size_of(model):
+    """The memory of a model's weights, in MiB."""
+    tensors = model.state_dict().values()
+    return sum(tensor.nbytes for tensor in tensors) / 2**20
+
+
+# -------------------------------- the command line ----------------------------------------------
+def make_parser():
+    parser = gpt.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--model", default="model.pkl", help="checkpoint (model.pkl)")
     parser.add_argument("--prompt", help="answer this and exit")
     parser.add_argument("--max_new_tokens", type=int, default=500, help="longest answer (500)")
@@ -127,34 +219,60 @@ def main(argv=None):
     parser.add_argument("--device", default=gpt.Config.device, help="cpu, cuda or mps")
     parser.add_argument("--stats", action="store_true", help="show characters a second")
     parser.add_argument("--int8", action="store_true", help="8 bits a weight")
-    flags = parser.parse_args(argv)
+    return parser
+
+
+def load(flags):
+    """The chat that the flags ask for. ValueError or OSError for a user's mistake."""
     for name, lowest in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
         if not lowest <= getattr(flags, name) < 2**31:
-            parser.error(f"--{name} must be from {lowest} to {2**31 - 1}")
-    torch.manual_seed(flags.seed % 2**63)
+            raise ValueError(f"--{name} must be from {lowest} to {2**31 - 1}")
     if not os.path.exists(flags.model):
-        parser.error(f"{flags.model}: no such model; python gpt.py makes one")
+        raise ValueError(f"{flags.model}: no such model; python gpt.py makes one")
+    model, tokenizer = gpt.load_model(flags.model, flags.device)
+    if flags.int8:
+        before = size_of(model)
+        quantize(model)
+        print(f"weights: {before:.1f} MiB, as int8 {size_of(model):.1f} MiB", file=sys.stderr)
+    return Chat(model, tokenizer, max_new_tokens=flags.max_new_tokens,
+                temperature=flags.temperature, top_k=flags.top_k)
+
+
+def main(argv=None):
+    """The command line."""
+    parser = make_parser()
+    flags = parser.parse_args(argv)
+    torch.manual_seed(flags.seed % 2**63)
     try:
-        model, tokenizer, config = gpt.load_model(flags.model, flags.device)
-        if flags.int8:
-            before = sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20
-            quantize(model)
-            after = sum(tensor.nbytes for tensor in model.state_dict().values()) / 2**20
-            print(f"weights: {before:.1f} MiB, as int8 {after:.1f} MiB", file=sys.stderr)
-        chat = Chat(model, tokenizer, config, max_new_tokens=flags.max_new_tokens,
-                    temperature=flags.temperature, top_k=flags.top_k or None)
+        chat = load(flags)
         if flags.prompt is None:
             does = "answers" if chat.answers else "continues your text"
             print(f"{flags.model} {does}; /help", file=sys.stderr)
             talk(chat, flags.stats)
         else:
-            print(gpt.printable(flags.prompt), end="\n" if chat.answers else "")
+            end = "\n" if chat.answers else ""
+            print(gpt.printable(flags.prompt), end=end)
             chat.show(flags.prompt, flags.stats)
     except (ValueError, OSError) as error:
         parser.error(error)
+    except (RuntimeError, MemoryError) as error:
+        if gpt.is_out_of_memory(error):
+            parser.error("out of memory: the model is too large here, so try --int8 or --device")
+        raise
+
+
+def open_stdin():
+    """A pipe may bring a text of another system: UTF-16, or with a byte-order mark."""
+    if sys.stdin.isatty() or not hasattr(sys.stdin, "buffer"):
+        return
+    start = sys.stdin.buffer.peek(2)
+    sys.stdin.reconfigure(encoding=gpt.encoding_of(start), errors="replace")
 
 
 if __name__ == "__main__":
-    for stream in filter(None, (sys.stdin, sys.stdout)):  # one that is closed is None
-        stream.reconfigure(errors="replace")
-    main()
+    gpt.open_streams()
+    open_stdin()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)  # Ctrl-C while it loads

@@ -1,18 +1,22 @@
 """A character-level GPT in one file: it reads text character by character and learns to write more.
 
     python gpt.py                    train on the documentation that Python carries
-    python gpt.py --data book.txt    train on any UTF-8 text; the same command again carries on
-    python gpt.py --help             every hyperparameter is a flag of the same name
+    python gpt.py --data book.txt    train on any text; the same command again carries on
+    python gpt.py --help             every setting below is a flag of the same name
     python chat.py                   talk to the model
 
-It follows the freeCodeCamp course "Create a Large Language Model from Scratch with Python".
-Part one is the lesson: what a GPT is and how it learns. Part two is the craft that keeps a run safe
-and makes it fast; skip it on a first reading. Letters in comments are sizes:
+GPT stands for generative pre-trained transformer: it generates text, was trained on much of it
+beforehand, and is built as the Transformer is. What it writes should read like the text that it
+was trained on, without being a copy. The file follows the freeCodeCamp course "Create a Large
+Language Model from Scratch with Python". Part one is the lesson: what a GPT is and how it learns.
+Part two keeps a run safe and makes it fast; a first reading may skip it. Letters in comments are
+sizes:
     B  batch: texts worked on side by side      H  attention heads
     T  time: characters in each text            D  head size, C / H
     C  channels: numbers for each character     V  vocabulary: different characters
 """
-import argparse, atexit, inspect, itertools, json, math, os, re, signal, sys, timeit, zlib
+import argparse, atexit, codecs, inspect, json, math, os, re, shlex, shutil, signal, sys, time
+import warnings, zlib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import numpy as np
@@ -24,9 +28,10 @@ from tqdm import tqdm
 # ================================ Part one: the lesson ==========================================
 @dataclass
 class Config:
-    """The settings of a run: people choose these, while parameters are what the model learns. From
-    the lines below, dataclass makes an __init__: Config(n_layer=2) changes one of them."""
-    data: str = ""                # text, .jsonl of pairs or prepared folder; "" is Python's docs
+    """The settings of a run, or hyperparameters: people choose these, while the parameters are what
+    the model learns. From the lines below, dataclass makes an __init__, so that Config(n_layer=2)
+    changes one of them. ValueError names a setting that cannot work."""
+    data: str = ""                # text, folder of texts, .jsonl of pairs, or prepared folder
     out: str = ""                 # checkpoint, the file of a model; "" is named after the data
     init_from: str = ""           # checkpoint whose weights a new run starts from (fine-tuning)
     batch_size: int = 32          # texts worked on at once: B
@@ -40,7 +45,7 @@ class Config:
     optimizer: str = "adamw"      # adamw or muon, which move the weights (see make_optimizers)
     learning_rate: float = 3e-3   # size of a training step at its largest
     weight_decay: float = 0.02    # how strongly weights are pulled to 0, against learning by heart
-    warmup_iters: int = 100       # steps over which the learning rate climbs to its largest
+    warmup_iters: int = 100       # steps in which the learning rate climbs; at most half of a run
     grad_clip: float = 1.0        # limit for gradients (see training_step); 0: no limit
     eval_interval: int = 150      # steps between two evaluations, each of which saves
     eval_iters: int = 10          # batches that an evaluation reads of each split
@@ -61,25 +66,32 @@ UNK = "\ufffd"  # Unicode's replacement character stands for whatever is not in 
 class CharTokenizer:
     """Turns characters into token ids and back (lesson: encoder and decoder are inverse maps).
     The vocabulary is the sorted set of characters, with END and UNK. It is small, but texts become
-    long; with words it would be the reverse; subwords (as in GPT-2) are in between. The course has
+    long. With words it would be the reverse; subwords (byte-pair encoding, BPE, as in GPT-2) lie
+    in between. The course has
         char_to_id = {char: id for id, char in enumerate(chars)}
         id_to_char = {id: char for id, char in enumerate(chars)}
     Here chars[id] is the character of an id. To look up a whole text at once, code_to_id is an
-    array with a place for each code, the number of a character in Unicode: ord("h") is 104."""
+    array with a place for each code, the number of a character in Unicode: ord("h") is 104.
+    ValueError if there are more characters than 2 bytes can number."""
 
     def __init__(self, chars):
         self.chars = "".join(sorted(set(chars) | {END, UNK}))
         self.vocab_size = len(self.chars)
+        if self.vocab_size > 2**16:
+            raise ValueError(f"{self.vocab_size:,} different characters are too many: the limit is "
+                             f"{2**16:,} (prepare_owt.py --min_count makes rare ones unknown)")
         self.end = self.chars.index(END)
         self.unk = self.chars.index(UNK)
         # Every code of Unicode first gets UNK's id, then those of the vocabulary get their own.
         self.code_to_id = np.full(sys.maxunicode + 1, self.unk, np.uint16)
-        self.code_to_id[[ord(char) for char in self.chars]] = np.arange(self.vocab_size)
+        codes = [ord(char) for char in self.chars]
+        self.code_to_id[codes] = np.arange(self.vocab_size)
 
     def encode(self, text):
         """str -> ids, 1-D uint16. Characters outside the vocabulary become UNK; it never fails."""
-        utf32 = text.encode("utf-32-le", "surrogatepass")  # their codes, in 4 bytes each
-        codes = np.frombuffer(utf32, np.uint32)            # as numbers: "hi" is 104, 105
+        # In UTF-32 each character is its code, in 4 bytes. surrogatepass lets broken ones through.
+        utf32 = text.encode("utf-32-le", "surrogatepass")
+        codes = np.frombuffer(utf32, np.uint32)  # as numbers: "hi" is 104, 105
         return self.code_to_id[codes]
 
     def decode(self, ids):
@@ -87,98 +99,77 @@ class CharTokenizer:
         return "".join(self.chars[id] for id in ids)
 
 
-def clean(text):
-    """Windows' line ends become plain ones. An END inside a text becomes UNK: it is ours to set."""
-    return text.replace("\r\n", "\n").replace(END, UNK)
-
-
-def read_documents(path):
-    """A list of texts. Of a .jsonl: one for each line, {"prompt": ..., "completion": ...}. Of any
-    other file: the whole, in UTF-8; bytes that are not UTF-8 become UNK. Without a path: the
-    documentation that every CPython carries, half a million characters."""
-    if not path:
-        from pydoc_data.topics import topics
-        return topics.values()
-    text = Path(path).read_bytes().decode("utf-8-sig", "replace")  # sig: drops a byte-order mark
-    if not path.endswith(".jsonl"):
-        return [text]
-    documents = []
-    for number, line in enumerate(text.rstrip().split("\n"), start=1):
-        try:
-            pair = json.loads(line)
-            documents.append(pair["prompt"] + "\n" + pair["completion"])
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"{path}, line {number}: no object with prompt and completion texts")
-    return documents
-
-
 def load_data(config, chars=""):
     """The corpus that config.data names -> ({"train": ids, "val": ids}, tokenizer); 1-D uint16 ids.
+    Without a name, it is the documentation that every CPython carries, half a million characters.
     The first 90 % are for training, the rest for validation: an exam needs questions that the
-    homework did not have, or learning by heart would look like learning. A folder is what
-    prepare_owt.py made of a corpus larger than memory: np.memmap looks like an array, but reads
-    from its file only what is used. chars: the vocabulary of a model to start from, if any.
+    homework did not have, or learning by heart would look like learning. A corpus larger than
+    memory is a folder that prepare_owt.py wrote, and its ids stay on the disk until they are used.
+    chars: the vocabulary of a model to start from, if any.
     ValueError if the corpus is too short or damaged, OSError if it cannot be read."""
-    if os.path.isdir(config.data):
-        tokenizer = CharTokenizer(json.loads(Path(config.data, "vocab.json").read_text("utf-8")))
-        train = np.memmap(Path(config.data, "train.bin"), "<u2", "r")  # 2-byte integers, read only
-        val = np.memmap(Path(config.data, "val.bin"), "<u2", "r")
+    if kind_of(config.data) == "prepared folder":
+        splits, tokenizer = open_prepared(config.data)           # in part two
     else:
-        text = "".join(clean(document) + END for document in read_documents(config.data))
+        documents = read_documents(config.data)                  # in part two: a list of texts
+        text = "".join(document + END for document in documents)
         tokenizer = CharTokenizer(chars or text)
         ids = tokenizer.encode(text)
+        report_unknown(text, ids, tokenizer)                     # in part two
         cut = int(0.9 * len(ids))
-        train, val = np.split(ids, [cut])
-        if config.data.endswith(".jsonl"):
-            cut = text.rfind(END, 0, cut) + 1  # back to where a pair ends
-            # A few pairs are repeated until a block fits: of 50 ids, 3 copies are longer than 128.
-            train = np.tile(ids[:cut], 1 + config.block_size // max(1, cut))
-            val = np.tile(ids[cut:], 1 + config.block_size // max(1, len(ids) - cut))
-    if min(len(train), len(val)) <= config.block_size:
-        raise ValueError(f"{config.data}: too short for block_size {config.block_size}: lower it")
-    return {"train": train, "val": val}, tokenizer
+        if kind_of(config.data) == "pairs":                      # prompts with their answers:
+            cut = text.rfind(END, 0, cut) + 1                    # back to where a pair ends
+        splits = {"train": ids[:cut], "val": ids[cut:]}
+    fit_blocks(splits, config)                                   # in part two: is it long enough?
+    return splits, tokenizer
 
 
-def get_batch(data, config, starts=None):
+def get_batch(data, config, starts):
     """Blocks of text, and what follows each character in them: (x, y), int64 (B, T).
     A block of T characters holds T examples, one for each beginning: after "h" comes "e", after
-    "he" comes "l". A batch is B blocks, stacked. Both are tensors: arrays of numbers with a shape,
-    a type (dtype) and a device that holds them. Ids are int64, since embeddings are indexed with
-    integers. Types must agree: "expected Long but found Float" means float32 where ids should be.
-    With T = 2, starts [5, 9] (random if None) read the places [5, 6, 7] and [9, 10, 11]."""
-    if starts is None:
-        starts = torch.randint(len(data) - config.block_size, (config.batch_size,)).numpy()
-    places = starts[:, None] + np.arange(config.block_size + 1)  # (B, 1) + (T + 1,) -> (B, T + 1)
-    # An id for each place, in pinned memory if a GPU is to copy it while Python goes on.
-    blocks = torch.tensor(data[places].astype(np.int64), pin_memory=config.device == "cuda")
-    blocks = blocks.to(config.device, non_blocking=blocks.is_pinned())
+    "he" comes "l". A batch is B blocks, stacked, since a GPU works on all of them at once. They
+    start at random places, so that each batch is a fair sample of the whole text.
+    Both are tensors: arrays of numbers with a shape, a type (dtype) and a device that holds them.
+    Ids are int64, which the loss asks for. Types must agree: an error about Long and Float says
+    that integers met decimal numbers. If shapes do not fit, print(x.shape) is the first thing to
+    try.
+    starts: B places, an array. With T = 2, starts 5 and 9 read the places 5, 6, 7 and 9, 10, 11."""
+    offsets = np.arange(config.block_size + 1)  # 0, 1 ... T
+    places = starts[:, None] + offsets          # a column plus a row gives a table: (B, T + 1)
+    ids = data[places].astype(np.int64)         # the id at each place; only these are read
+    blocks = torch.from_numpy(ids)
+    if config.device == "cuda":                 # pinned memory: the GPU fetches it by itself, while
+        blocks = blocks.pin_memory()            # Python goes on
+    blocks = blocks.to(config.device, non_blocking=True)
     return blocks[:, :-1], blocks[:, 1:]
 
 
 # -------------------------------- model ---------------------------------------------------------
 class Head(nn.Module):
     """Self-attention: how a character looks at those before it (Vaswani et al. 2017).
-    A character is described by C numbers, x. Three learned mixes of them (sums, with weights) are
-    its query ("what am I looking for?"), its key ("what do I contain?") and its value ("what do I
-    pass on?"). A query times a key is a score for how well the two fit. The scores become shares,
-    and each character takes that mixture of the values. A recurrent network carries the past along
-    step by step; here all positions look back at once, which is what GPUs are good at.
-    q, k, v: (B, H, T, D), made by MultiHeadAttention below: the C numbers of each are cut into H
-    pieces of D, one for each head, and one call does them all. The course has a module for each
-    head, with Linear layers of its own: the same numbers, more slowly."""
+    Each character comes with three lists of D numbers. Its query says what it is looking for, its
+    key what it contains, its value what it passes on. MultiHeadAttention, the next class, makes
+    them from what is known of the character, with weights that are learned. The dot product of a
+    query and a key (multiply number by number, then add up) is a score for how well the two fit.
+    The scores become shares, and each character takes that mixture of the values. A recurrent
+    network carries the past along step by step; here all positions look back at once, which is
+    what GPUs are good at.
+    q, k, v: (B, H, T, D), the queries, keys and values of all texts and heads, in one call. The
+    course has a module for each head: the same numbers, more slowly."""
 
     def written_out(self, q, k, v):
         """What forward computes, step by step, for reading and for trying out with print."""
         T, D = q.shape[-2:]
-        # In a matrix product each number is a row times a column, summed; inner sizes must agree:
-        # (T, D) @ (D, T) -> (T, T), a score for each pair of positions, in each text and head.
+        # In a matrix product, @, each number is the dot product of a row and a column, so the inner
+        # sizes must agree: (T, D) @ (D, T) -> (T, T), a score for each query and key, in each text
+        # and head.
         scores = q @ k.transpose(-2, -1)                          # (B, H, T, T)
         # A sum of D products grows like sqrt(D), as plus and minus partly cancel (100 coin tosses,
         # +1 or -1 each, sum up to some 10, not 100). With large scores softmax picks one winner,
         # and the others' shares and gradients are near 0.
         scores = scores / math.sqrt(D)
         # Position t sees positions 0 to t, the lower triangle: the rest is the future, which the
-        # model is to predict. (The course keeps this constant mask in a register_buffer.)
+        # model is to predict. (The course keeps this constant mask in a register_buffer, a tensor
+        # that moves to the GPU with the model but is not learned.)
         visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~visible, -math.inf)
         # Softmax: e ** score over the sum of the row. These are shares of 1; e ** -inf is 0.
@@ -186,9 +177,10 @@ class Head(nn.Module):
         return shares @ v                                         # (B, H, T, D)
 
     def forward(self, q, k, v):
-        # The same in one call, which never stores the T x T scores; is_causal is the mask. (When
-        # one query comes alone, that of the newest character, it may see all keys: no mask.)
-        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=q.shape[-2] > 1)
+        # The same in one call, which on most devices never stores the T x T scores. is_causal is
+        # the mask. (A single query, in generation, is the newest character's: it may see all keys.)
+        several = q.shape[-2] > 1
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=several)
 
 
 class MultiHeadAttention(nn.Module):
@@ -197,32 +189,33 @@ class MultiHeadAttention(nn.Module):
     An nn.Linear is Wx + b: a matrix product with learned weights W, and a learned bias b. An
     nn.Module finds the parameters inside it, so that the optimizer can be handed all of them,
     .to(device) moves all of them and state_dict() saves all of them.
-    cache: what generation keeps, {module: (keys, values)} of the characters read. Nobody looks
-    ahead, in any layer, so a later character cannot change the key and value of an earlier one.
-    They are computed once: a new character costs 1 position's work, not T's."""
+    ValueError if the heads cannot share C evenly."""
 
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd {config.n_embd} must be divisible by n_head {config.n_head}")
         self.n_head = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # q, k, v of all heads
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.head = Head()
         self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
-        H, D = self.n_head, C // self.n_head
-        q, k, v = self.qkv(x).split(C, dim=2)        # (B, T, C) each
+        H = self.n_head
+        D = C // H
+        # One product makes the queries, keys and values of all heads, side by side.
+        q, k, v = self.qkv(x).split(C, dim=2)        # (B, T, 3 C) -> (B, T, C) each
         # C is cut into H pieces of D; then T and H change places: each head gets a (T, D).
         q = q.view(B, T, H, D).transpose(1, 2)       # (B, T, C) -> (B, T, H, D) -> (B, H, T, D)
         k = k.view(B, T, H, D).transpose(1, 2)
         v = v.view(B, T, H, D).transpose(1, 2)
-        if cache is not None:                        # in generation only
-            if self in cache:                        # this layer's: old ones first, then new
-                k = torch.cat((cache[self][0], k), dim=2)
-                v = torch.cat((cache[self][1], v), dim=2)
+        if cache is not None:                        # in generation only: see stream
+            if self in cache:
+                old_k, old_v = cache[self]
+                k = torch.cat((old_k, k), dim=2)
+                v = torch.cat((old_v, v), dim=2)
             cache[self] = (k, v)
         x = self.head(q, k, v)                       # (B, H, T, D)
         x = x.transpose(1, 2).reshape(B, T, C)       # heads side by side again
@@ -237,16 +230,20 @@ class FeedForward(nn.Sequential):
     turns off random activations (numbers between layers) in training: none can rely on another."""
 
     def __init__(self, config):
-        super().__init__(nn.Linear(config.n_embd, 4 * config.n_embd), nn.ReLU(),
-                         nn.Linear(4 * config.n_embd, config.n_embd), nn.Dropout(config.dropout))
+        super().__init__(nn.Linear(config.n_embd, 4 * config.n_embd),
+                         nn.ReLU(),
+                         nn.Linear(4 * config.n_embd, config.n_embd),
+                         nn.Dropout(config.dropout))
 
 
 class Block(nn.Module):
     """Attention, then feed-forward: one layer of the model. (B, T, C) -> (B, T, C).
-    Each result is added to its input. This residual keeps what was known, and gives learning a
-    short way back to the first layers, since gradients pass a sum unchanged. The norm gives each
-    character's C numbers mean 0 and variance 1, so that sums keep one scale. Here it follows the
-    sum: post-norm, as in the course. GPT-2 uses pre-norm, x + sublayer(norm(x)).
+    Each result is added to its input: this residual keeps what was known, and gives learning a
+    short way back to the first layers. A norm follows each sum: it brings each character's C
+    numbers to mean 0 and variance 1, so that they keep one scale from layer to layer, and then to
+    a scale and shift that are learned. This order is post-norm, as in the course. GPT-2 uses
+    pre-norm, x + sublayer(norm(x)), which leaves the way back quite free; with post-norm, training
+    has to begin gently (see learning_rate).
     The first Transformer was a translator: an encoder read one language, a decoder wrote the other
     and also looked at what the encoder had read (cross-attention). This is the decoder alone."""
 
@@ -263,10 +260,11 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token ids in; out, at each position, a score for each character that could come next.
+    """The model: for each character of a text, it scores each character that could come next.
     An embedding is a table with a row of C numbers for each id: what the model knows of that
-    character. Attention sees a set without order, so each position has a row as well. All of them
-    start at random and are learned. (The first Transformer computed its positions, with sines.)"""
+    character. Attention by itself hardly notices in which order the characters stand, so each
+    position has a row as well. All these numbers start at random and are learned. (The first
+    Transformer computed those of its positions, with sines.)"""
 
     def __init__(self, config, vocab_size):
         super().__init__()
@@ -279,7 +277,7 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, vocab_size)
         # Matrices start at random, N(0, 0.02): normal, with mean 0 and spread 0.02. They differ, so
         # that neurons, the outputs of a layer, learn different things. They are small, so that
-        # signals and gradients neither explode nor vanish on their way through the layers.
+        # signals do not explode on their way; residuals and norms keep them from vanishing.
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -292,7 +290,7 @@ class GPT(nn.Module):
         log likelihood: the mean of -ln(share of the character that came). An untrained model's
         scores are all near 0, so it guesses about evenly, 1/V for each, which costs ln V: 4.38 for
         80 characters. (Mean squared error is for regression, which predicts a quantity.)
-        In generation, index is only what the cache does not hold, and start is its position."""
+        cache and start are for generation: see stream. ValueError if a text is too long."""
         end = start + index.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} characters do not fit: block_size is {self.config.block_size}")
@@ -302,40 +300,54 @@ class GPT(nn.Module):
         logits = self.lm_head(self.norm(x))                        # (B, T, V)
         if targets is None:
             return logits, None
-        # The loss needs float32. Shapes: (B, T, V) -> (B*T, V) and (B, T) -> (B*T,)
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        scores = logits.flatten(0, 1).float()                      # (B*T, V); the loss needs digits
+        loss = nn.functional.cross_entropy(scores, targets.flatten())
         return logits, loss
 
     @torch.no_grad()  # gradients are for learning only
     def stream(self, index, max_new_tokens, temperature=1.0, top_k=None):
         """Continues index, int64 (B, T) with T >= 1, by one new character at a time, (B, 1): yield
         hands it out, and goes on from there when the next one is asked for.
-        A temperature below 1 makes likely characters likelier (0 always takes the likeliest), one
-        above 1 evens them out. top_k allows only the k likeliest.
+        temperature and top_k: see draw.
+        cache keeps the keys and values of the characters that were read: {module: (keys, values)}.
+        Nobody looks ahead, in any layer, so a later character cannot change those of an earlier
+        one, and only the newest character has to be read.
         The model sees block_size characters. When there are more, say 9 instead of 8, all but the
-        last 4 are dropped. These get new positions, 0 to 3, so what the cache holds of them is
-        wrong: they are read again. That is once in half a block, however long the text is."""
+        last 4 are dropped. They now stand at positions 0 to 3, and as the position is part of what
+        a key is made from, the cache no longer fits: they are read again, into an empty one. That
+        is once in half a block, however long the text is."""
         index = index[:, -self.config.block_size:]              # crop to what the model can see
         cache = {}
+        start = 0                                               # position of the first one to read
         for _ in range(max_new_tokens):
+            logits, _ = self(index[:, start:], cache=cache, start=start)
+            drawn = draw(logits[:, -1], temperature, top_k)     # from the last position's scores
+            yield drawn
+            start = index.shape[1]
+            index = torch.cat((index, drawn), dim=1)
             if index.shape[1] > self.config.block_size:         # full: go on with its last half
                 index = index[:, -max(1, self.config.block_size // 2):]
                 cache = {}
-            start = index.shape[1] - 1 if cache else 0          # then only the newest is read
-            logits, _ = self(index[:, start:], cache=cache, start=start)
-            logits = logits[:, -1].float()                      # (B, V): the next character's
-            logits = logits / max(temperature, 1e-6)
-            if top_k:                                           # those below the k-th get share 0
-                kth = logits.topk(min(top_k, logits.shape[1])).values[:, -1:]
-                logits = logits.masked_fill(logits < kth, -math.inf)
-            shares = logits.softmax(dim=-1)
-            drawn = torch.multinomial(shares, 1)                # (B, 1)
-            index = torch.cat((index, drawn), dim=1)
-            yield drawn
+                start = 0
 
     def generate(self, index, max_new_tokens, temperature=1.0, top_k=None):
         """index (B, T) with its continuation, (B, T + max_new_tokens). See stream."""
-        return torch.cat([index, *self.stream(index, max_new_tokens, temperature, top_k)], dim=1)
+        drawn = list(self.stream(index, max_new_tokens, temperature, top_k))
+        return torch.cat([index, *drawn], dim=1)
+
+
+def draw(logits, temperature=1.0, top_k=None):
+    """Scores (B, V) -> the id of one character for each text, int64 (B, 1).
+    A temperature below 1 makes likely characters likelier, one above 1 evens them out, and 0 takes
+    the likeliest. top_k allows only the k likeliest. Of equals, the first in the vocabulary counts
+    as the likelier one."""
+    if temperature < 1e-6:  # dividing by it would fail
+        return logits.argmax(dim=-1, keepdim=True)
+    shares = (logits.float() / temperature).softmax(dim=-1)
+    if top_k:
+        ids = shares.argsort(dim=-1, descending=True, stable=True)
+        shares = shares.scatter(-1, ids[:, top_k:], 0.0)        # nothing for those after the k-th
+    return torch.multinomial(shares, 1)  # each is drawn by its share, as with a loaded die
 
 
 # -------------------------------- learning ------------------------------------------------------
@@ -349,402 +361,1045 @@ def autocast(config):
 def estimate_loss(model, splits, config):
     """Mean loss of each split, over eval_iters batches: {"train": float, "val": float}.
     The batches are spread evenly over the split and the same every time, so that two evaluations
-    can be compared. eval() turns dropout off; no_grad() saves work that only learning needs.
-    Overfitting is when train keeps falling while val rises: it learns by heart. More text, more
-    dropout, a smaller model or fewer steps help, and the weights with the lowest val are kept."""
+    can be compared. eval() turns dropout off, train() on again; no_grad() saves work that only
+    learning needs. Overfitting is when train keeps falling while val rises: it learns by heart.
+    More text, more dropout, a smaller model or fewer steps help, and the weights with the lowest
+    val are kept."""
     model.eval()
     means = {}
     for name, data in splits.items():
         last = len(data) - config.block_size - 1
         # eval_iters * B places from the first to the last, then B of them for each batch
-        starts = np.linspace(0, last, config.eval_iters * config.batch_size, dtype=np.int64)
-        batches = [get_batch(data, config, part) for part in np.split(starts, config.eval_iters)]
-        with autocast(config):
-            losses = [model(x, y)[1].item() for x, y in batches]
+        places = np.linspace(0, last, config.eval_iters * config.batch_size, dtype=np.int64)
+        losses = []
+        for starts in np.split(places, config.eval_iters):
+            x, y = get_batch(data, config, starts)
+            with autocast(config):
+                _, loss = model(x, y)
+            losses.append(loss.item())
         means[name] = sum(losses) / len(losses)
     model.train()
     return means
 
 
 def make_optimizers(model, config):
-    """[AdamW], or [AdamW, Muon]: what moves the weights.
+    """A list, [AdamW] or [AdamW, Muon]: what moves the weights.
     A weight's gradient says how the loss changes if that weight grows a little. Gradient descent
     moves it the other way. Adam (Kingma and Ba 2014) keeps two running averages for each weight:
         average = 0.9 * average + 0.1 * gradient            (momentum: it evens out the noise)
         square = 0.99 * square + 0.01 * gradient ** 2       (as in RMSprop)
         weight = weight - learning_rate * average / sqrt(square)
-    so that all weights move at a similar pace. 0.9 and 0.99 are its betas. The W (Loshchilov and
-    Hutter 2017) is weight decay: each step also shrinks matrices a little, since learning
-    by heart needs large weights. fused: one call moves all weights, instead of several for each."""
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    muon = []
-    if config.optimizer == "muon":  # an option, in part two, which takes some of the matrices
-        matrices, muon = make_muon(model, config)
-    # Groups of parameters have settings of their own: biases and norms are not shrunk.
+    so that all weights move at a similar pace. (Left out: a correction while the averages are
+    young, and a tiny number that keeps the division from failing.) 0.9 and 0.99 are its betas. The
+    W (Loshchilov and Hutter 2017) is weight decay, apart from that step: matrices also shrink a
+    little each time, which is against learning by heart. fused: one call moves all weights."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms are not shrunk
+    others = []
+    if config.optimizer == "muon":  # an option, in part two, which takes the blocks' matrices
+        matrices, others = make_muon(model, config)
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
-              {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0}]
+              {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.99), fused=True)
-    return [adamw, *muon]
+    return [adamw, *others]
 
 
 def learning_rate(step, config):
     """How far a step of gradient descent goes: too far overshoots, too short crawls. It climbs
     while the optimizer's averages are still guesses, then falls to a tenth, to settle: the cosine
     goes from 1 to -1, and with it the factor from 1 to 0.1. To find a good rate, try a few, each 3
-    times the last, for some hundred steps."""
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / config.warmup_iters
-    progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
-    return config.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
+    times the last, for some hundred steps, and look at the losses."""
+    warmup = min(config.warmup_iters, config.max_iters // 2)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.max_iters - warmup)  # from 0 to 1
+    factor = 0.55 + 0.45 * math.cos(math.pi * progress)
+    return config.learning_rate * factor
 
 
 def training_step(model, optimizers, batches, config, step):
     """One step of gradient descent: forward, backward, step. Returns the mean loss, a tensor.
     backward finds the gradients of all weights in one pass, from the loss back to the first layer,
     by the chain rule. batches: [(seed for dropout, x, y), ...]. More than one is gradient
-    accumulation: their gradients add up to those of one large batch, too large for the memory.
-    Training is nothing but this, max_iters times, each time with fresh batches (see train)."""
+    accumulation: their gradients add up to those of one large batch, too large for the memory."""
     total = 0.0
     for seed, x, y in batches:
-        torch.manual_seed(int(seed))  # dropout draws from it, so that a step can be done again
+        # Dropout's random choice follows from the seed. A run that was killed does some steps
+        # again, and so it drops the same numbers as before.
+        torch.manual_seed(seed)
         with autocast(config):
-            logits, loss = model(x, y)
+            _, loss = model(x, y)
         loss = loss / len(batches)  # the batches' losses add up to their mean
         loss.backward()
         total += loss.detach()  # the number alone, without what backward needs
+    average_gradients(model)  # in part two: where several processes train one model
     # One odd batch must not throw the weights far: where the gradients, all as one vector, are
-    # longer than grad_clip (if it is not 0), they are shortened to that.
-    nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    # longer than grad_clip, they are shortened to that.
+    if config.grad_clip > 0:
+        nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+    rate = learning_rate(step, config)
     for optimizer in optimizers:
         for group in optimizer.param_groups:  # those of make_optimizers
-            group["lr"] = learning_rate(step, config)
+            group["lr"] = rate
         optimizer.step()
-        optimizer.zero_grad()  # backward adds to what is there, so the next step must find zeros
+        optimizer.zero_grad()  # backward adds to the gradients that are there: none for the next
     return total
+
+
+def learn(model, splits, config):
+    """Training, whole: again and again a batch and a step, and now and then a look at the losses.
+    (train, in part two, is this loop with what a long run needs: it saves, and carries on.)"""
+    optimizers = make_optimizers(model, config)
+    data = splits["train"]
+    for step in range(config.max_iters):
+        if step % config.eval_interval == 0:
+            print(step, estimate_loss(model, splits, config))
+        starts = np.random.randint(len(data) - config.block_size, size=config.batch_size)
+        x, y = get_batch(data, config, starts)
+        training_step(model, optimizers, [(step, x, y)], config, step)
 
 
 # That is all that a GPT is, and how it learns. A first reading may stop here.
 # ================================ Part two: the craft ===========================================
-# A checkpoint is a saved model with its settings, its vocabulary (chars) and a line about its text
-# (corpus). A run that uses its weights must have the same ARCHITECTURE; to carry on, all of FIXED.
-ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer", "chars")
-FIXED = ARCHITECTURE + ("optimizer", "seed", "init_from", "corpus")
-OF_THE_MACHINE = ("out", "device", "dtype", "compile")  # never taken from a checkpoint
-# torchrun, PyTorch's starter, runs WORLD processes that train together, each with its RANK. Without
-# it RANK is 0 and WORLD is 1. LOCAL_RANK counts the processes, and GPUs, of one machine.
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+# It reads what users really have, keeps a run safe and makes it fast. Each function says first
+# which trouble it is there for.
+
+
+# -------------------------------- reading texts -------------------------------------------------
+def kind_of(path):
+    """What --data names. All that reads a corpus, or speaks of it, asks here."""
+    if not path:
+        return "Python's documentation"
+    if Path(path, "vocab.json").exists():
+        return "prepared folder"
+    if os.path.isdir(path):
+        return "folder of texts"
+    if path.lower().endswith((".jsonl", ".ndjson")):
+        return "pairs"
+    return "text"
+
+
+def encoding_of(data):
+    """The encoding of a text that begins with these bytes: UTF-8, or UTF-16 if it begins with that
+    one's byte-order mark, as Windows writes it. Python drops the mark when it decodes."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    return "utf-8-sig"
+
+
+def clean(text):
+    """Line ends differ between systems, and a model would learn them as characters: all become
+    "\\n". An END inside a text becomes UNK, since it means that the text is over."""
+    if "\r" in text:
+        for line_end in ("\r\r\n", "\r\n", "\r"):
+            text = text.replace(line_end, "\n")
+    return text.replace(END, UNK)
+
+
+def read_text(path):
+    """A file that is not text would be learned all the same, as noise. ValueError says where bytes
+    are neither UTF-8 nor UTF-16, or where a NUL (which no text has) shows that this is no text."""
+    data = Path(path).read_bytes()
+    advice = "save it as UTF-8, or use prepare_owt.py for an archive"
+    try:
+        text = data.decode(encoding_of(data))
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line:,}: this is no text in {error.encoding}; {advice}")
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise ValueError(f"{path}, line {line:,}: a NUL, so this is no text; {advice}")
+    return clean(text)
+
+
+def read_pairs(path):
+    """A list of prompts with their answers, each pair joined by a line end: from a file that has
+    {"prompt": ..., "completion": ...} on each line. ValueError names a line that has not."""
+    pairs = []
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            pair = json.loads(line)
+            text = pair["prompt"] + "\n" + pair["completion"]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            found = line[:60]
+            if line.startswith("{") and line.endswith("}"):
+                found = "the keys " + ", ".join(re.findall(r'"(\w+)":', line))
+            raise ValueError(f'{path}, line {number}: no "prompt" and "completion" with texts, but '
+                             f"{found}")
+        pairs.append(clean(text))
+    return pairs
+
+
+def read_folder(folder):
+    """A list of the texts in a folder and in its folders; what is not read is said."""
+    texts = []
+    others = 0
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_dir() or path.name.startswith("._"):  # macOS writes ._ files beside others
+            continue
+        if path.suffix.lower() == ".txt":
+            texts.append(read_text(path))
+        else:
+            others += 1
+    if not texts:
+        raise ValueError(f"{folder}: neither .txt files nor the vocab.json of prepare_owt.py")
+    if others:
+        print(f"{folder}: {others:,} files do not end in .txt and are not read")
+    return texts
+
+
+def read_documents(path):
+    """A list of texts: the whole of a text file, the texts of a folder, a .jsonl's pairs."""
+    kind = kind_of(path)
+    if kind == "Python's documentation":
+        from pydoc_data.topics import topics
+        return [clean(text) for text in topics.values()]
+    if kind == "folder of texts":
+        return read_folder(path)
+    if kind == "pairs":
+        return read_pairs(path)
+    return [read_text(path)]
+
+
+def open_prepared(folder):
+    """The folder of prepare_owt.py -> (splits, tokenizer). An array of np.memmap looks like any
+    other, but reads from its file only what is used, so that a corpus may be larger than memory.
+    ValueError if the files do not belong together: with a part of it, or with another vocabulary,
+    a run would learn nonsense."""
+    folder = Path(folder)
+    vocabulary = (folder / "vocab.json").read_bytes()
+    try:
+        corpus = json.loads((folder / "corpus.json").read_bytes())
+        fits = corpus["checksum"] == zlib.crc32(vocabulary)
+        for name in ("train", "val"):
+            size = (folder / f"{name}.bin").stat().st_size
+            fits = fits and size == 2 * corpus[name]  # 2 bytes for each id
+    except (ValueError, TypeError, KeyError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{folder}: its files are damaged or do not belong together; run "
+                         "prepare_owt.py again")
+    splits = {}
+    for name in ("train", "val"):
+        if corpus[name] > 0:  # a file of nothing cannot be mapped
+            splits[name] = np.memmap(folder / f"{name}.bin", "<u2", "r")  # 2-byte integers
+        else:
+            splits[name] = np.zeros(0, np.uint16)
+    return splits, CharTokenizer(json.loads(vocabulary))
+
+
+def report_unknown(text, ids, tokenizer):
+    """A model that was trained on other characters reads all new ones as UNK, and would never learn
+    to tell them apart: so they are named."""
+    is_unknown = ids == tokenizer.unk
+    if not is_unknown.any():
+        return
+    unknown = sorted(set(text) - set(tokenizer.chars))
+    if unknown:
+        some = printable(" ".join(unknown[:20]))
+        print(f"unknown {np.mean(is_unknown):.1%} of the text are characters that this model never "
+              f"saw: {some}")
+
+
+def load_corpus(config, chars=""):
+    """load_data, for which a text may be too large: ValueError then says what helps."""
+    try:
+        return load_data(config, chars)
+    except MemoryError:
+        raise ValueError(f"{config.data} does not fit in memory: prepare_owt.py makes a folder of "
+                         "it that is read in place")
+
+
+def fit_blocks(splits, config):
+    """Checks that a block fits into each split. Of pairs there may be few, and they are repeated
+    until it does: of 50 ids, 3 copies are longer than a block of 128. ValueError otherwise."""
+    for name, ids in splits.items():
+        if kind_of(config.data) == "pairs" and len(ids) > 0:
+            copies = 1 + config.block_size // len(ids)
+            splits[name] = np.tile(ids, copies)
+        elif len(ids) < 2:
+            raise ValueError(f"{config.data}: too short for a {name} split")
+        elif len(ids) <= config.block_size:
+            raise ValueError(f"{config.data}: the {name} split has {len(ids):,} characters, which "
+                             f"is too short for block_size {config.block_size}: try "
+                             f"--block_size {len(ids) - 1}")
+
+
+# -------------------------------- settings ------------------------------------------------------
+# What a model is made of, which stays as it is for as long as the model lives.
+ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer")
+# What belongs to a machine: a checkpoint may come from another one, so it does not decide these.
+OF_THE_MACHINE = ("out", "device", "dtype", "compile")
+CHOICES = {"optimizer": ("adamw", "muon"),
+           "device": ("cpu", "cuda", "mps"),
+           "dtype": ("float32", "bfloat16")}
+MAY_BE_ZERO = ("max_iters", "n_layer", "warmup_iters", "seed")
+HIGHEST = {"dropout": 0.99, "n_layer": 1000}
 
 
 def check(config):
-    """A mistake is better found now than after an hour: ValueError names the setting."""
-    devices = [name for name in ("cpu", "cuda", "mps") if getattr(torch, name).is_available()]
-    choices = dict(optimizer=["adamw", "muon"], dtype=["float32", "bfloat16"], device=devices)
+    """A mistake in a setting is better found now than after an hour: ValueError names it."""
     for field in fields(config):  # a field of the dataclass has a name, a type and more
-        name, kind, value = field.name, field.type, getattr(config, field.name)
-        fits = type(value) is kind or (kind is float and type(value) is int)  # 1 will do for 1.0
-        if not fits or (name in choices and value not in choices[name]):
-            raise ValueError(f"{name} must be {choices.get(name, kind.__name__)}, not {value!r}")
-        low = 0 if kind is float or name in ("max_iters", "n_layer", "warmup_iters", "seed") else 1
-        high = {"dropout": 0.99, "n_layer": 1000}.get(name, 2**31)
-        if kind in (int, float) and not low <= value <= high:
-            raise ValueError(f"{name} must be from {low} to {high}, not {value}")
-    config.out = config.out or Path(config.data or "model").resolve().stem + ".pkl"  # book.pkl
+        name = field.name
+        value = getattr(config, name)
+        if field.type is float and type(value) is int:
+            value = float(value)  # 1 will do for 1.0
+        if type(value) is not field.type:
+            raise ValueError(f"{name} must be of type {field.type.__name__}, not {value!r}")
+        if name in CHOICES and value not in CHOICES[name]:
+            choices = " or ".join(CHOICES[name])
+            raise ValueError(f"{name} must be {choices}, not {value!r}")
+        if field.type in (int, float):
+            lowest = 1
+            if field.type is float or name in MAY_BE_ZERO:
+                lowest = 0
+            highest = HIGHEST.get(name, 2**31)
+            if not lowest <= value <= highest:  # nor is it when value is "not a number"
+                raise ValueError(f"{name} must be from {lowest} to {highest}, not {value}")
 
 
-def choose_settings(flags):
-    """{name: value} of the flags given -> Config. A flag beats the checkpoint, and that beats the
-    device's defaults. A run that carries on takes all settings from its checkpoint except those
-    OF_THE_MACHINE. One that fine-tunes (init_from) takes only the ARCHITECTURE."""
-    settings = {}  # for a CPU, the values in Config are right
-    if flags.get("device", Config.device) == "cuda":
-        dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-        settings = dict(batch_size=64, block_size=256, max_iters=1500, n_embd=384, n_head=8,
-                        n_layer=8, dropout=0.2, learning_rate=1e-3, warmup_iters=200, eval_iters=20,
-                        dtype=dtype, compile=sys.platform == "linux")  # torch has triton there
-    config = Config(**flags)  # for now: its out and init_from tell which checkpoint is meant
-    carries_on, saved = find_checkpoint(config)
+def defaults_for(device):
+    """A GPU can work on a larger model than a CPU, for which the values in Config are right."""
+    if device != "cuda":
+        return {}
+    settings = dict(batch_size=64, block_size=256, n_embd=384, n_head=8, n_layer=8, dropout=0.3,
+                    weight_decay=0.5, learning_rate=2e-3, warmup_iters=200, max_iters=600,
+                    eval_interval=100, eval_iters=20)
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+        settings["dtype"] = "bfloat16"
+    # What torch.compile writes for a GPU has to be built by a C compiler, which Windows rarely has.
+    compilers = [os.environ.get("CC", "cc"), "gcc", "clang"]
+    found = any(shutil.which(name) for name in compilers)
+    settings["compile"] = sys.platform == "linux" and found
+    return settings
+
+
+def choose_settings(given):
+    """A setting is what was given, else what the checkpoint says, else what suits the device, else
+    what Config says. A run that carries on takes all but OF_THE_MACHINE from its checkpoint; one
+    that only starts from other weights (init_from) takes the ARCHITECTURE.
+    {name: value} -> (config, checkpoint or {}, stamp of the file out or None for a new run).
+    ValueError if what was given contradicts the checkpoint."""
+    config = Config(**given)  # a first one, to know which device and files are meant
+    # book.txt gives book.pkl. (abspath gives "." a name; a link keeps the name that was typed.)
+    out = config.out or Path(os.path.abspath(config.data or "model")).stem + ".pkl"
+    stamp, saved = find_checkpoint(out, config.init_from)
+    settings = defaults_for(config.device)
     for name, value in saved.get("config", {}).items():
-        if name in ARCHITECTURE or (carries_on and name not in OF_THE_MACHINE):
+        if name in ARCHITECTURE or (stamp and name not in OF_THE_MACHINE):
             settings[name] = value
-    return replace(config, **dict(settings, **flags))  # a copy with these settings
+    settings.update(given)
+    settings["out"] = out
+    if saved:
+        refuse_contradictions(given, settings, saved, stamp)
+    return Config(**settings), saved, stamp
+
+
+def refuse_contradictions(given, settings, saved, stamp):
+    """A trained model must not be lost to a flag that does not fit, and nobody should believe that
+    a setting made no difference when no step was left to use it. ValueError names the setting."""
+    path = settings["out"] if stamp else settings["init_from"]
+    finished = stamp and saved["step"] >= settings["max_iters"]
+    fixed = ARCHITECTURE
+    advice = "leave it out, or name another --out"
+    if stamp:
+        fixed += ("optimizer", "seed", "init_from")
+    if finished:
+        fixed = set(given) - {"data", "out", "device", "max_iters"}
+        advice = f"the run is finished at step {saved['step']}, so raise --max_iters or {advice}"
+    for name, value in given.items():
+        old = saved["config"].get(name, value)
+        if name in fixed and value != old:
+            raise ValueError(f"{path} was trained with {name} {old!r}, not {value!r}: {advice}")
 
 
 # -------------------------------- checkpoints ---------------------------------------------------
-def save_checkpoint(path, checkpoint):
-    """Writes a dict. Killed at any instant, it leaves the old file or the new one, whole."""
-    temporary = Path(f"{path}.{os.getpid()}.tmp").absolute()  # model.pkl.4711.tmp in process 4711
-    # First remove what killed processes left: on Linux, /proc has a folder for each running one.
-    for old in temporary.parent.glob(f"{Path(path).name}.*.tmp"):
-        process = Path("/proc", old.name.split(".")[-2])
-        if process.parent.exists() and not process.exists():
-            old.unlink(missing_ok=True)
+def stamp_of(path):
+    """Two runs may be started on one file by mistake. The stamp tells whether a file is still the
+    one that this run left there: it changes with each save. None if there is no file."""
+    if not os.path.exists(path):
+        return None
+    status = os.stat(path)
+    return status.st_ino, status.st_mtime_ns  # the file's number on the disk, and when it was made
+
+
+def save_checkpoint(path, checkpoint, stamp):
+    """Writes a dict and returns the new stamp. Killed at any instant, it leaves the old file or the
+    new one, whole: it writes beside the file, and only then renames. stamp: what stamp_of(path) was
+    when this run last read or wrote the file. OSError if it could not be saved, or if another run
+    has written the file since; then the file stays as it is."""
+    path = Path(os.path.realpath(path))  # where a link points to, so that the link stays
+    remove_leftovers(path)
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # model.pkl.4711.tmp in process 4711
     try:
         with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()
-            os.fsync(file)  # on the disk, before the old file goes
+            os.fsync(file.fileno())  # on the disk, before the old file goes
+        if stamp_of(path) != stamp:
+            raise OSError("another run has written this file, so name another --out")
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
         temporary.unlink(missing_ok=True)
-        raise OSError(f"{path}: could not be saved, the file is as it was: {error}")
+        raise OSError(f"{path}: not saved, the file is as it was: {error}")
+    return stamp_of(path)
 
 
-def restore(optimizers, states):
-    """Gives optimizers back what they keep for each weight: the number of steps and the averages.
-    PyTorch's fused AdamW does not check their sizes: if a damaged file has shorter ones, it reads
-    and writes past their end. So each must have the size of its weight, or RuntimeError."""
-    kept = dict(AdamW=("step", "exp_avg", "exp_avg_sq"), Muon=("momentum_buffer",))
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))  # replaces state only
-        for p, averages in optimizer.state.items():
-            for name in kept[type(optimizer).__name__]:
-                shape = () if name == "step" else p.shape  # reshape fails for another size
-                averages[name] = averages[name].reshape(shape).contiguous()
+def remove_leftovers(path):
+    """What was killed while it wrote leaves a temporary file or folder, named after path and its
+    process. Those whose process has ended are removed, where it can be told: on Linux, /proc has
+    a folder for each process that runs."""
+    if not os.path.exists("/proc/self"):
+        return
+    for old in path.parent.glob(f"{path.name}.*.tmp"):
+        process = old.name.split(".")[-2]
+        if not process.isdigit() or os.path.exists(f"/proc/{process}"):
+            continue
+        if old.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.unlink(missing_ok=True)
 
 
 def load_checkpoint(path):
-    """Reads what save_checkpoint wrote, onto the CPU; ValueError if a file is anything else.
-    A pickle is Python's way to write objects to a file, and reading one can run any code;
-    weights_only=True reads nothing but tensors and plain values, so a stranger's file is safe."""
+    """Reads what save_checkpoint wrote, onto the CPU -> dict.
+    A pickle is Python's way to write objects to a file, and torch.save puts one into a zip, beside
+    the tensors. Reading a pickle can run any code that its author liked. weights_only=True builds
+    nothing but tensors and plain values, so that a stranger's file is safe.
+    ValueError if the file is no checkpoint, or damaged; OSError if it cannot be read."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        config = Config(**dict(saved["config"], device="cpu"))  # this machine may have no GPU
-        # A trial, then thrown away: do names and shapes fit? Tensors on the meta device have shapes
-        # but no memory to copy into, so assign=True puts the file's in their place.
-        with torch.device("meta"):
-            model = GPT(config, CharTokenizer(saved["chars"]).vocab_size)
-        model.load_state_dict(dict(saved["best"]), assign=True)
-        model.load_state_dict(dict(saved["model"]), assign=True)
-        restore(make_optimizers(model, config), saved["optimizer"])
-        # A check of the rest: int, dict and saved[...] fail where something is wrong or missing.
-        saved.update(step=int(saved["step"]), losses=dict(saved["losses"]), corpus=saved["corpus"])
-    except Exception as error:
-        raise ValueError(f"{path}: no checkpoint of gpt.py, or damaged: {error!r:.150}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch has several lines to say of some foreign files
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        check_checkpoint(saved)
+    except OSError:
+        raise
+    except Exception as error:  # a file of any kind can fail in any way
+        if is_out_of_memory(error):
+            raise ValueError(f"{path} does not fit in memory")
+        raise ValueError(f"{path} is no checkpoint of gpt.py, or it is damaged")
     return saved
 
 
-def find_checkpoint(config):
-    """[does the run carry on?, the checkpoint of out, else of init_from, else {}]."""
-    carries_on = os.path.exists(config.out)
-    path = config.out if carries_on else config.init_from
-    found = [carries_on, load_checkpoint(path) if path and RANK == 0 else {}]
-    if WORLD > 1:  # process 0 sends what it found to the others
+def check_checkpoint(saved):
+    """A damaged file is better found now than in the middle of a run. Any error will do: what is
+    missing is a KeyError, and so on."""
+    config = Config(**saved["config"])
+    tokenizer = CharTokenizer(saved["chars"])
+    if tokenizer.chars != saved["chars"]:
+        raise ValueError("this is no vocabulary")
+    with torch.device("meta"):  # there, tensors have shapes but no numbers, and cost nothing
+        model = GPT(config, tokenizer.vocab_size)
+    expected = shapes(model.state_dict())
+    for name in ("model", "best"):
+        if shapes(saved[name]) != expected:
+            raise ValueError(f"{name} does not fit the settings")
+    if type(saved["step"]) is not int:
+        raise ValueError("step is no whole number")
+    for losses in saved["losses"].values():
+        float(losses["train"])
+        float(losses["val"])
+    list(saved["optimizer"])
+    saved["corpus"]
+
+
+def shapes(tensors):
+    """{name: tensor} -> {name: shape}, to be compared. What is no tensor has no shape: None."""
+    return {name: getattr(tensor, "shape", None) for name, tensor in tensors.items()}
+
+
+def restore(optimizers, states):
+    """Gives optimizers back what they keep for each weight: for AdamW its two averages.
+    An optimizer makes these tensors at its first step. So it takes one here, with gradients of 0,
+    and then the saved numbers are copied into them; the weights are loaded afterwards. (PyTorch's
+    own load_state_dict takes the saved tensors as they are. Its fused AdamW does not check their
+    sizes, and reads and writes past the end of one that is too small.) ValueError if sizes differ,
+    or some other error where something is missing."""
+    for optimizer, state in zip(optimizers, states, strict=True):
+        weights = []
+        for group in optimizer.param_groups:
+            weights.extend(group["params"])
+        for number in state:  # state is {number of a weight: {name: tensor}}
+            weights[number].grad = torch.zeros_like(weights[number])
+        optimizer.step()
+        optimizer.zero_grad()
+        for number, kept in optimizer.state_dict()["state"].items():
+            if shapes(kept) != shapes(state[number]):
+                raise ValueError("other shapes")
+            for name, tensor in kept.items():
+                if torch.is_tensor(tensor):
+                    tensor.copy_(state[number][name])
+                else:
+                    kept[name] = state[number][name]  # some optimizers count in plain numbers
+
+
+def find_checkpoint(out, init_from):
+    """A run that exists is carried on, never overwritten, so the file out is looked for first:
+    (its stamp, what it holds). Else (None, what init_from holds), or (None, {})."""
+    found = [None, {}]
+    if RANK == 0:
+        stamp = stamp_of(out)
+        path = out if stamp else init_from
+        if path:
+            found = [stamp, load_checkpoint(path)]
+    if WORLD > 1:  # process 0 sends what it found, since the others may have other disks
         torch.distributed.broadcast_object_list(found, device=torch.device("cpu"))
     return found
 
 
 def load_model(path, device="cpu"):
-    """A checkpoint -> (model with its best weights, in eval mode; tokenizer; config)."""
+    """A checkpoint -> (model with its best weights, in eval mode; tokenizer).
+    ValueError if the file is no checkpoint or the device is not there, OSError if it is missing."""
     saved = load_checkpoint(path)
-    model = GPT(Config(**dict(saved["config"], device=device)), len(saved["chars"])).to(device)
+    settings = dict(saved["config"], device=device, dtype="float32")
+    config = Config(**settings)
+    prepare_device(config)
+    tokenizer = CharTokenizer(saved["chars"])
+    model = GPT(config, tokenizer.vocab_size)
     model.load_state_dict(saved["best"])
-    return model.eval(), CharTokenizer(saved["chars"]), model.config
+    return model.to(device).eval(), tokenizer
 
 
-# -------------------------------- a run ---------------------------------------------------------
-def build(config, vocab_size):
-    """Returns a new model on its device, its optimizers, and the model in a form for training.
+# -------------------------------- devices and processes -----------------------------------------
+# One process can use one GPU. torchrun, PyTorch's starter, runs WORLD processes that train one
+# model together, on one machine or several, and gives each a number, its RANK. A process started
+# without it is alone: RANK is 0 and WORLD is 1. LOCAL_RANK is a process's number on its machine.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+
+
+def join_processes():
+    """Connects the processes of torchrun: through nccl between GPUs, gloo between CPUs. Process 0
+    alone prints, or each line would come WORLD times."""
+    if WORLD == 1 or torch.distributed.is_initialized():
+        return
+    backends = "gloo"
+    if torch.cuda.is_available():
+        backends = "cpu:gloo,cuda:nccl"
+    torch.distributed.init_process_group(backends)
+    atexit.register(torch.distributed.destroy_process_group)
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def prepare_device(config):
+    """A device that is missing is better found before the data is read: ValueError.
     A CPU has few fast cores, a GPU thousands of slow ones, which suits matrix products. CUDA is how
-    NVIDIA's GPUs are programmed. .to(device) moves tensors; a product needs both on one."""
-    if config.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # one for each process
-        torch.set_float32_matmul_precision("high")  # TF32: fewer digits, far faster
+    NVIDIA's GPUs are programmed. .to(device) moves tensors; two that meet must be on one device."""
+    if not getattr(torch, config.device).is_available():
+        raise ValueError(f"device {config.device}: this machine, or its torch, has none")
+    if config.device != "cuda":
+        return
+    if LOCAL_RANK >= torch.cuda.device_count():
+        raise ValueError(f"process {LOCAL_RANK + 1} of this machine has no GPU: there are "
+                         f"{torch.cuda.device_count()}, so lower --nproc_per_node")
+    torch.cuda.set_device(LOCAL_RANK)
+    if config.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError("dtype bfloat16: this GPU has none, so leave the flag out")
+    torch.set_float32_matmul_precision("high")  # TF32: fewer digits, far faster
+    torch.backends.cuda.enable_cudnn_sdp(False)  # attention that prepares anew for each length of T
+
+
+def build(config, vocab_size):
+    """Makes a new model on its device, and returns (model, optimizers, fast_model).
+    torch.compile turns a model into faster code. fast_model is that code. It computes with the very
+    same weights, so whoever trains it trains the model; and it is the model itself where nothing
+    is compiled. On a GPU, launching hundreds of small computations from Python takes longer than
+    they do themselves: a CUDA graph (reduce-overhead) launches all of a step's at once. It keeps
+    its results in the same memory at each step, so gradients cannot add up over several batches;
+    for these there is the compiler's default mode."""
+    prepare_device(config)
     torch.manual_seed(config.seed)
     model = GPT(config, vocab_size).to(config.device)
-    fast = torch.compile(model) if config.compile else model
-    fast = nn.parallel.DistributedDataParallel(fast) if WORLD > 1 else fast  # averages gradients
-    return model, make_optimizers(model, config), fast
+    if config.device == "cuda":
+        make_exact(model)
+    optimizers = make_optimizers(model, config)
+    fast_model = model
+    if config.compile:
+        mode = "default"
+        if config.device == "cuda" and config.grad_accum == 1:
+            mode = "reduce-overhead"
+        fast_model = torch.compile(model, mode=mode)
+    return model, optimizers, fast_model
+
+
+class OrderedLookup(torch.autograd.Function):
+    """Rows of an embedding, as nn.Embedding looks them up, with gradients that do not depend on
+    chance. The gradient of a row is the sum of what arrives from all places of its character.
+    A matrix product adds them up in a fixed order: is_row has a 1 where an id is that of the row.
+    index: ids, (B, T); weight: (V, C) -> (B, T, C)."""
+
+    @staticmethod
+    def forward(context, index, weight):
+        context.save_for_backward(index)
+        context.vocab_size = len(weight)
+        return nn.functional.embedding(index, weight)
+
+    @staticmethod
+    def backward(context, gradient):
+        index, = context.saved_tensors
+        rows = torch.arange(context.vocab_size, device=index.device)
+        is_row = rows[:, None] == index.flatten()       # (V, 1) and (B*T,) give (V, B*T)
+        gradient = gradient.flatten(0, 1)               # (B*T, C)
+        return None, is_row.to(gradient.dtype) @ gradient
+
+
+def make_exact(model):
+    """A GPU adds up numbers in the order in which its threads finish, so that the last bits of a
+    sum differ from run to run. Here PyTorch is told to keep to one order, so that on a GPU, too, a
+    run that carries on ends as if it had never been stopped. PyTorch's own way to do this for the
+    gradients of the embedding takes a fifth of a step; OrderedLookup takes next to nothing."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one order in matrix products
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and only for finding errors
+    model.tokens.forward = lambda index: OrderedLookup.apply(index, model.tokens.weight)
 
 
 def make_muon(model, config):
     """Returns the matrices left to AdamW, and [Muon] for those of the blocks (Jordan 2024).
-    Like Adam it averages gradients, but then changes the average so that a matrix is moved equally
-    far in all directions (nearly). match_rms_adamw makes it work with AdamW's learning rate."""
-    group = [{"params": [p for p in model.blocks.parameters() if p.ndim == 2]}]
-    muon = torch.optim.Muon(group, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [model.tokens.weight, model.positions.weight, model.lm_head.weight], [muon]
+    In an averaged gradient a few patterns are large and drown the many small ones. Muon makes all
+    of them about equally large, so that the small ones are learned as well. match_rms_adamw: with
+    steps as large as AdamW's, so that one learning rate serves both."""
+    inside = [p for p in model.blocks.parameters() if p.ndim == 2]
+    outside = [p for p in model.parameters() if p.ndim >= 2 and p not in set(inside)]
+    group = {"params": inside}  # a model without blocks has none
+    muon = torch.optim.Muon([group], weight_decay=config.weight_decay,
+                            adjust_lr_fn="match_rms_adamw")
+    return outside, [muon]
+
+
+def average_gradients(model):
+    """Several processes that train one model have different batches, hence different gradients. All
+    take the mean, as one vector, once a step: so all do the same step, and stay equal."""
+    if WORLD == 1:
+        return
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    vector = nn.utils.parameters_to_vector(gradients)
+    torch.distributed.all_reduce(vector)  # now it is the sum over all processes
+    nn.utils.vector_to_parameters(vector / WORLD, gradients)
 
 
 def draw_batches(data, config, step):
     """Yields (seed, x, y) for this process's batches of a step: of two processes, the first takes
-    batches 0, 2, 4 and so on. All random numbers follow from seed and step: a resumed run draws
-    what it would have drawn, and several processes together draw what one would."""
+    batches 0, 2, 4 and so on. All random numbers follow from the run's seed and the step. So a run
+    that carries on draws what it would have drawn, and several processes draw what one would."""
     draw = np.random.default_rng((config.seed, step))
-    starts = draw.integers(0, len(data) - config.block_size, (config.grad_accum, config.batch_size))
-    for micro in range(RANK, config.grad_accum, WORLD):
-        # One number made of three: a seed that no other batch has.
-        seed = np.random.SeedSequence((config.seed, step, micro)).generate_state(1, np.uint64)[0]
-        yield seed, *get_batch(data, config, starts[micro])
+    size = (config.grad_accum, config.batch_size)
+    starts = draw.integers(0, len(data) - config.block_size, size)
+    for number in range(RANK, config.grad_accum, WORLD):
+        # One number is made of three: a seed that no other batch has.
+        sequence = np.random.SeedSequence((config.seed, step, number))
+        seed = int(sequence.generate_state(1, np.uint64)[0])
+        x, y = get_batch(data, config, starts[number])
+        yield seed, x, y
 
 
+def is_out_of_memory(error):
+    """Whether an error says so, in the words of Python, PyTorch, CUDA, cuBLAS or Triton."""
+    words = ("out of memory", "allocate", "ALLOC_FAILED", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+
+
+def explain(error, config):
+    """An error deep inside PyTorch that a user can do something about is raised again as one line
+    that says what. Of any other error, nothing is known here."""
+    if is_out_of_memory(error):
+        advice = "a smaller block_size, n_embd or n_layer"
+        if config.batch_size > 1:
+            half = config.batch_size // 2
+            advice = f"--batch_size {half} --grad_accum {2 * config.grad_accum}, then {advice}"
+        raise MemoryError(f"out of memory: try {advice}") from error
+    if type(error).__module__.startswith("torch._"):  # torch._dynamo, torch._inductor: the compiler
+        message = " ".join(str(error).split())
+        raise ValueError(f"torch.compile failed, try --no-compile: {message[:200]}") from error
+
+
+# -------------------------------- what a run says -----------------------------------------------
 def printable(text):
-    """Text for a terminal: control characters, and those that turn the direction of writing (202a
-    to 2069), become UNK; tab (09) and line end (0a) stay."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", UNK, text)
+    """Text may move a terminal's cursor or worse. Control characters, those that turn the direction
+    of writing (202a to 2069) and broken ones (d800 to dfff) become UNK; tab and line end stay."""
+    control = r"\x00-\x08\x0b-\x1f\x7f-\x9f"
+    direction = r"\u202a-\u202e\u2066-\u2069"
+    return re.sub(rf"[{control}{direction}\ud800-\udfff]", UNK, text)
 
 
 def sample(model, tokenizer, length):
     """Some text that the model writes now. Training is not disturbed: it seeds every batch anew."""
     torch.manual_seed(model.config.seed)
-    start = torch.tensor([[tokenizer.end]], device=model.config.device)
-    ids = model.eval().generate(start, length, temperature=0.8)[0, 1:]
+    start = torch.tensor([[tokenizer.end]]).to(model.config.device)  # a text begins after an END
+    model.eval()
+    ids = model.generate(start, length, temperature=0.8)
     model.train()
-    return printable(tokenizer.decode(ids.tolist()).replace(END, "\n"))
+    text = tokenizer.decode(ids[0, 1:].tolist())
+    return printable(text.replace(END, "\n"))
+
+
+def curve(losses):
+    """A row of blocks for a list of losses: the lowest is ▁ and the highest █."""
+    blocks = "▁▂▃▄▅▆▇█"
+    low = min(losses)
+    height = max(losses) - low or 1.0  # not 0, when all are the same
+    row = ""
+    for loss in losses:
+        share = (loss - low) / height
+        row += blocks[round(7 * share)]
+    return row
 
 
 def describe(splits, tokenizer, config):
-    """A line by which to recognize a corpus. Of each split, 8 million characters are looked at."""
-    ids = np.concatenate([split[: 2**23] for split in splits.values()])
-    text = (f"{sum(map(len, splits.values())):,} characters, vocabulary {tokenizer.vocab_size:,}, "
-            f"{np.mean(ids == tokenizer.unk):.2%} unknown, checksum {zlib.crc32(ids):08x}")
-    if config.data.endswith(".jsonl"):
-        lengths = np.diff(np.flatnonzero(ids == tokenizer.end), prepend=-1)  # ENDs at 3, 7: 4, 4
-        text += f", {np.mean(lengths > config.block_size):.1%} of pairs longer than block_size"
-    return text
+    """The line about a corpus."""
+    count = sum(len(ids) for ids in splits.values())
+    line = f"{kind_of(config.data)}, {count:,} characters, {tokenizer.vocab_size:,} different ones"
+    if kind_of(config.data) == "pairs":  # the model never sees the whole of one that is too long
+        ids = np.concatenate(list(splits.values()))
+        ends = np.flatnonzero(ids == tokenizer.end)
+        lengths = np.diff(ends, prepend=-1)  # ENDs at 3 and 7: lengths 4 and 4
+        line += f", {np.mean(lengths > config.block_size):.1%} of pairs longer than block_size"
+    return line
 
 
+def fingerprint(splits, tokenizer):
+    """A run that carries on must have the text that it began with. What a text is recognized by:
+    its lengths, and a checksum of 1,000 pieces of each split, evenly spread, since to read all of
+    OpenWebText would take minutes. ValueError if ids are not in the vocabulary."""
+    found = {}
+    for name, ids in splits.items():
+        checksum = 0
+        for start in np.linspace(0, len(ids), 1000, endpoint=False, dtype=np.int64):
+            piece = ids[start : start + 2**14]
+            checksum = zlib.crc32(piece, checksum)
+            if piece.max() >= tokenizer.vocab_size:
+                raise ValueError(f"the {name} split has ids that are not in its vocabulary; run "
+                                 "prepare_owt.py again")
+        found[name] = [len(ids), checksum]
+    return found
+
+
+# -------------------------------- a run ---------------------------------------------------------
 STOP = []  # the signals that have asked this program to end
 
 
 def ask_to_stop(number, frame):
-    """Python calls this at Ctrl-C and SIGTERM (see main): train ends its step, saves and stops."""
+    """Python calls this at Ctrl-C and the like (see main): train ends its step, saves and stops."""
     STOP.append(number)
     signal.signal(number, signal.SIG_DFL)  # the default: at a second one, Python ends at once
 
 
-def train(config):
-    """Trains, or carries on where config.out stopped; returns the model with its latest weights, in
-    eval mode. Each evaluation saves. A run that is killed loses the steps since then; the same
-    command does them again, and ends with the same weights as if it had never been stopped."""
+class Run:
+    """A run of training: what it is made of, and what it can do: evaluate, save, report."""
+
+    def __init__(self, config, saved, stamp):
+        self.config = config
+        self.stamp = stamp  # of the file out: see stamp_of
+        self.splits, self.tokenizer = load_corpus(config, saved.get("chars", ""))
+        self.corpus = fingerprint(self.splits, self.tokenizer)
+        self.model, self.optimizers, self.fast_model = build(config, self.tokenizer.vocab_size)
+        self.step = 0     # how many steps it has done
+        self.losses = {}  # {step: {"train": loss, "val": loss}}
+        self.best = {}    # the best weights so far: {name: tensor}
+        if stamp:
+            self.carry_on(saved)
+        elif saved:
+            self.same_vocabulary(saved, config.init_from)
+            self.model.load_state_dict(saved["best"])
+
+    def same_vocabulary(self, saved, path):
+        """An id must mean the same character to a model for as long as it lives."""
+        if self.tokenizer.chars != saved["chars"]:
+            raise ValueError(f"{self.config.data} was prepared with another vocabulary, so the "
+                             f"model in {path} cannot read it")
+
+    def carry_on(self, saved):
+        """Takes over what the file out holds. ValueError if that was another text's."""
+        out = self.config.out
+        self.same_vocabulary(saved, out)
+        if self.corpus != saved["corpus"]:
+            raise ValueError(f"{out} was trained on another text, or {self.config.data} has "
+                             f"changed since: name another --out, with --init_from {out} to start "
+                             "from its weights")
+        try:
+            restore(self.optimizers, saved["optimizer"])
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            raise ValueError(f"{out} is damaged: what its optimizer kept does not fit the model")
+        self.model.load_state_dict(saved["model"])
+        self.step = saved["step"]
+        self.losses = saved["losses"]
+        self.best = saved["best"]
+
+    def evaluation_is_due(self):
+        """Every eval_interval steps and at the end, unless it was done before the run stopped."""
+        regular = self.step % self.config.eval_interval == 0
+        last = self.step == self.config.max_iters
+        return (regular or last) and self.step not in self.losses
+
+    def evaluate(self):
+        """Estimates the losses and prints them, with a line that the model writes now."""
+        losses = estimate_loss(self.model, self.splits, self.config)
+        if not math.isfinite(losses["train"] + losses["val"]):
+            raise ValueError(f"step {self.step}: the loss is no longer a number, so nothing was "
+                             "saved: lower --learning_rate")
+        self.losses[self.step] = losses
+        text = sample(self.model, self.tokenizer, 60)
+        line = " ".join(text.split())
+        tqdm.write(f"step {self.step:6,d}   train {losses['train']:.4f}   "
+                   f"val {losses['val']:.4f}   {line}")
+
+    def best_step(self):
+        """The step whose weights chat.py gets: that with the lowest val. With pairs, val asks for
+        facts that are not in train, and rises while the model learns those that are: the latest
+        weights count. So they do before an evaluation that comes after step 0, where the model
+        knows nothing."""
+        vals = {step: losses["val"] for step, losses in self.losses.items() if step > 0}
+        if kind_of(self.config.data) == "pairs" or not vals:
+            return self.step
+        return min(vals, key=vals.get)
+
+    def save(self):
+        """Saves all that the run needs to carry on. Weights that are no longer numbers would spoil
+        the file for good: ValueError."""
+        weights = self.model.state_dict()
+        kept = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
+        for tensor in weights.values():
+            if not tensor.isfinite().all():
+                raise ValueError(f"step {self.step}: some weights are no longer numbers, so "
+                                 "nothing was saved: lower --learning_rate")
+        if self.best_step() == self.step:
+            # A copy, since the next step changes the weights in their place.
+            self.best = {name: tensor.clone() for name, tensor in weights.items()}
+        if RANK == 0:
+            checkpoint = dict(config=asdict(self.config), chars=self.tokenizer.chars,
+                              corpus=self.corpus, step=self.step, losses=self.losses,
+                              model=weights, best=self.best, optimizer=kept)
+            self.stamp = save_checkpoint(self.config.out, checkpoint, self.stamp)
+
+    def introduce(self):
+        """The first lines: what trains on what."""
+        config = self.config
+        device = config.device
+        if device == "cuda":
+            device = torch.cuda.get_device_name()
+        count = sum(p.numel() for p in self.model.parameters())
+        print(f"corpus  {config.data or 'built in'}: "
+              f"{describe(self.splits, self.tokenizer, config)}")
+        print(f"model   {config.out}: {count:,} parameters, at step {self.step:,} of "
+              f"{config.max_iters:,}, on {device} in {config.dtype}")
+        if config.compile and self.step < config.max_iters:
+            print("the first step compiles, which can take a minute")
+
+    def report(self):
+        """The last lines: how it went, and what to do next."""
+        if self.losses:
+            vals = [losses["val"] for losses in self.losses.values()]
+            print(f"losses  last {vals[-1]:.4f}, best {min(vals):.4f}   {curve(vals)}")
+        if self.config.device == "cuda":
+            print(f"memory  {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU at most")
+        print(sample(self.model, self.tokenizer, 500))
+        if self.step < self.config.max_iters:
+            print(f"\nstopped at step {self.step:,}; the same command carries on")
+        else:
+            print(f"\nfinished at step {self.step:,}; for more, raise --max_iters")
+        print(f"weights of step {self.best_step():,}: python chat.py --model "
+              f"{shlex.quote(self.config.out)}")
+
+
+def train(**settings):
+    """Trains a model, or carries on with the one in the file out. Returns it with its best weights,
+    in eval mode. train(data="book.txt", max_iters=500) does just what the command line does, python
+    gpt.py --data book.txt --max_iters 500. Each evaluation saves. A run that is killed loses the
+    steps since then; started again, it does them again and ends as if it had never been stopped.
+    ValueError, OSError or MemoryError for a user's mistake, in one line."""
+    join_processes()
+    config, saved, stamp = choose_settings(settings)
     if config.grad_accum % WORLD:
         raise ValueError(f"grad_accum {config.grad_accum} must be divisible by {WORLD} processes")
-    carries_on, saved = find_checkpoint(config)
-    splits, tokenizer = load_data(config, saved.get("chars", ""))
-    corpus = describe(splits, tokenizer, config)
-    tqdm.write(f"corpus  {config.data or 'the Python documentation'}: {corpus}")
-    # A checkpoint holds this, the best and the latest weights, and the averages of the optimizers.
-    run = dict(config=asdict(config), chars=tokenizer.chars, corpus=corpus, step=0, losses={})
-    model, optimizers, fast = build(config, tokenizer.vocab_size)
-    if saved:
-        # A trained model is never overwritten by another one: it must fit this run.
-        old, new = dict(saved, **saved["config"]), dict(run, **run["config"])
-        for name in FIXED if carries_on else ARCHITECTURE:
-            if old[name] != new[name]:
-                raise ValueError(f"the checkpoint was trained with {name} {old[name]!s:.99}, not "
-                                 f"{new[name]!s:.99}: leave the flag out or name another --out")
-        # Fine-tuning starts from the best weights, and carrying on from the latest.
-        model.load_state_dict(saved["model" if carries_on else "best"])
-        if carries_on:
-            restore(optimizers, saved["optimizer"])
-            run = dict(saved, config=asdict(config))
-    tqdm.write(f"model   {config.out} ({config.device}, {config.dtype}) at step {run['step']:,} of "
-               f"{config.max_iters:,}, {sum(p.numel() for p in model.parameters()):,} parameters")
-    # A loop over steps, with a progress bar that counts their characters. disable=None hides it
-    # where there is no terminal. The last round, at max_iters, only evaluates.
+    try:
+        run = Run(config, saved, stamp)
+        run.introduce()
+        do_steps(run)
+        run.model.load_state_dict(run.best)
+        run.report()
+    except (RuntimeError, MemoryError) as error:
+        explain(error, config)
+        raise
+    return run.model.eval()
+
+
+def do_steps(run):
+    """The loop. A bar counts characters; disable=None hides it where there is no terminal."""
+    config = run.config
     characters = config.batch_size * config.grad_accum * config.block_size  # of a step
-    bar = tqdm(range(run["step"], config.max_iters + 1), initial=run["step"], unit="char",
-               total=config.max_iters, unit_scale=characters, disable=RANK > 0 or None)
-    losses = run["losses"]  # {step: {"train": loss, "val": loss}}
-    # Evaluations are due every eval_interval steps and at the end; a resumed run has some already.
-    due = {*range(0, config.max_iters, config.eval_interval), config.max_iters} - set(losses)
-    for step in bar:
-        stopping = len(STOP) > 0
-        if step in due:
-            losses[step] = estimate_loss(model, splits, config)
-            train_loss, val_loss = losses[step].values()
-            if math.isnan(val_loss):
-                raise ValueError(f"step {step}: the loss is not a number; lower --learning_rate")
-            # With pairs, val asks for facts that are not in train: its loss rises while the model
-            # learns those in train, so the latest weights count as the best.
-            if val_loss == min(r["val"] for r in losses.values()) or config.data.endswith(".jsonl"):
-                run["best"] = {name: p.clone() for name, p in model.state_dict().items()}
-            text = " ".join(sample(model, tokenizer, 60).split())
-            tqdm.write(f"step {step:6,d}   train {train_loss:.4f}   val {val_loss:.4f}   {text}")
-        if (step in due or stopping) and RANK == 0:
-            averages = [optimizer.state_dict()["state"] for optimizer in optimizers]
-            run.update(step=step, model=model.state_dict(), optimizer=averages)
-            save_checkpoint(config.out, run)
-        if stopping or step == config.max_iters:
-            break
-        batches = list(draw_batches(splits["train"], config, step))
-        loss = training_step(fast, optimizers, batches, config, step)
-        if step % 10 == 0 and not bar.disable:
+    hidden = True if RANK > 0 else None
+    bar = tqdm(total=config.max_iters, initial=run.step, unit="char", unit_scale=characters,
+               disable=hidden)
+    while run.step < config.max_iters and not STOP:
+        if run.evaluation_is_due():
+            run.evaluate()
+            run.save()
+        batches = list(draw_batches(run.splits["train"], config, run.step))
+        loss = training_step(run.fast_model, run.optimizers, batches, config, run.step)
+        run.step += 1
+        if STOP:
+            break  # and save, before anything is shown: the terminal may be gone
+        bar.update()
+        if run.step % 10 == 0 and not bar.disable:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    curve = [row["val"] for row in losses.values()]
-    bars = "".join("▁▂▃▄▅▆▇█"[round(7 * (loss - min(curve)) / max(curve))] for loss in curve)
-    tqdm.write(f"losses  last {curve[-1]:.4f}, best {min(curve):.4f}   {bars}")
-    if config.device == "cuda":
-        tqdm.write(f"memory  {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU at most")
-    tqdm.write(sample(model, tokenizer, 500))
-    tqdm.write(f'\nsaved; the same command carries on; chat: python chat.py --model "{config.out}"')
-    return model.eval()
+    if STOP:
+        run.save()
+    elif run.evaluation_is_due():
+        run.evaluate()
+        run.save()
+    bar.close()
 
 
-def tune(config):
-    """Times training with different settings at an unchanged total batch (lessons: auto-tuning and
-    efficiency testing, since only measuring tells what is faster)."""
-    splits, tokenizer = load_data(config)
-    total = config.batch_size * config.grad_accum
-    rates = {}
-    ways = itertools.product((1, 2, 4), ("float32", "bfloat16"), ("--no-compile", "--compile"))
-    for accum, dtype, compiled in ways:
-        trial = replace(config, batch_size=max(1, total // accum), grad_accum=accum, dtype=dtype,
-                        compile=compiled == "--compile")
-        flags = f"--batch_size {trial.batch_size} --grad_accum {accum} --dtype {dtype} {compiled}"
+# -------------------------------- finding fast settings -----------------------------------------
+def tune(**settings):
+    """Which settings are fastest depends on the machine, and only measuring tells (lessons:
+    auto-tuning and efficiency testing). Times training with different ones, all with the same
+    number of texts in a step, and prints the command of the fastest.
+    ValueError if none can be trained."""
+    if WORLD > 1:
+        raise ValueError("--tune measures one process: start it without torchrun")
+    config = choose_settings(settings)[0]
+    splits, tokenizer = load_corpus(config)
+    fastest = 0.0
+    command = ""
+    for trial in trials(config):
+        changes = dict(batch_size=trial.batch_size, grad_accum=trial.grad_accum, dtype=trial.dtype,
+                       compile=trial.compile)
         try:
-            model, optimizers, fast = build(trial, tokenizer.vocab_size)
-            batches = list(draw_batches(splits["train"], trial, step=0))
-            # item() waits for the GPU. The fastest of six steps counts: the first ones warm up.
-            work = lambda: training_step(fast, optimizers, batches, trial, step=0).item()
-            rates[flags] = total * config.block_size / min(timeit.repeat(work, number=1, repeat=6))
-            print(f"{rates[flags]:12,.0f} characters a second   {flags}")
-        except (RuntimeError, MemoryError) as error:
-            print(f"failed: {error!r:.60}   {flags}")
-    print(f"fastest: python gpt.py {max(rates, key=rates.get)}")
+            rate = measure(trial, splits["train"], tokenizer.vocab_size)
+        except (RuntimeError, MemoryError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            print(f"{as_flags(changes)}   failed: {reason[:90]}")
+            continue
+        print(f"{as_flags(changes)}   {rate:,.0f} characters a second")
+        if rate > fastest:
+            fastest = rate
+            command = as_flags(dict(settings, **changes))
+    if not command:
+        raise ValueError("no setting could be trained; the lines above say why")
+    print(f"fastest: python gpt.py {command}")
+
+
+def trials(config):
+    """Yields configs with the same total batch, done in 1, 2 or 4 parts if it can be divided."""
+    total = config.batch_size * config.grad_accum
+    for parts in (1, 2, 4):
+        for dtype in CHOICES["dtype"]:
+            for compiled in (False, True):
+                if total % parts == 0:
+                    yield replace(config, batch_size=total // parts, grad_accum=parts, dtype=dtype,
+                                  compile=compiled)
+
+
+def measure(config, data, vocab_size):
+    """Characters per second of training, from a clean start: nothing that was compiled or left in
+    memory before counts. Of six steps the fastest counts, as the first ones compile and warm up."""
+    torch.compiler.reset()
+    if config.device == "cuda":
+        torch.cuda.empty_cache()
+    model, optimizers, fast_model = build(config, vocab_size)
+    batches = list(draw_batches(data, config, step=0))
+    seconds = []
+    for step in range(6):
+        start = time.perf_counter()
+        loss = training_step(fast_model, optimizers, batches, config, step)
+        loss.item()  # waits for the GPU
+        seconds.append(time.perf_counter() - start)
+    characters = config.batch_size * config.grad_accum * config.block_size
+    return characters / min(seconds)
+
+
+def as_flags(settings):
+    """{name: value} -> the words of a command line."""
+    words = []
+    for name, value in settings.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is False:
+            words.append(f"--no-{name}")
+        else:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
 # -------------------------------- the command line ----------------------------------------------
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """A mistake is one line on stderr and exit status 2. (argparse calls this as well.)"""
-        self.exit(2, f"{self.prog}: {printable(' '.join(str(message).split()))}\n")
+        line = " ".join(str(message).split())
+        self.exit(2, f"{self.prog}: {printable(line)}\n")
+
+
+def open_streams():
+    """A stream that was closed (gpt.py >&-) is None in Python, and a terminal without UTF-8 cannot
+    show all characters. What is printed goes nowhere then, or shows "?". A log grows line by line.
+    (A notebook's streams have no reconfigure, and need none.)"""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r+"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace", line_buffering=True)
+
+
+def meanings():
+    """{setting: the comment behind it in Config}. Python does not keep comments, so this reads
+    them from the source, as they stand above."""
+    found = {}
+    for line in inspect.getsource(Config).splitlines():
+        setting, _, comment = line.partition("  # ")
+        name = setting.split(":")[0].strip()
+        found[name] = comment
+    return found
+
+
+def make_parser():
+    """Each field of Config is a flag."""
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                    usage="python gpt.py [--data book.txt] [--max_iters 500] ...",
+                    argument_default=argparse.SUPPRESS)  # a flag that is not given is absent
+    meaning = meanings()
+    defaults = asdict(Config(**defaults_for(Config.device)))
+    for field in fields(Config):
+        words = f"{meaning[field.name]} (default: {defaults[field.name]})"
+        if field.type is bool:  # --compile and --no-compile
+            kind = argparse.BooleanOptionalAction
+            parser.add_argument(f"--{field.name}", action=kind, help=words)
+        else:
+            parser.add_argument(f"--{field.name}", type=field.type, metavar="", help=words)
+    parser.add_argument("--tune", action="store_true", help="find the fastest settings instead")
+    return parser
 
 
 def main(argv=None):
-    """Each field of Config is a flag; --help shows them as they stand above."""
-    settings = inspect.getsource(Config).partition("\n\n")[0]  # its text up to the empty line
-    parser = Parser(description=settings, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    argument_default=argparse.SUPPRESS, allow_abbrev=False)  # absent if not given
-    for field in fields(Config)[:-1]:  # the last is compile
-        parser.add_argument(f"--{field.name}", type=field.type)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction)  # and --no-compile
-    parser.add_argument("--tune", action="store_true", help="find the fastest settings instead")
-    flags = vars(parser.parse_args(argv))
-    work = tune if flags.pop("tune", False) else train
-    on_signal = ask_to_stop if work is train and WORLD == 1 else signal.SIG_DFL  # ends at once
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    if WORLD > 1:  # they talk to each other, through gloo between CPUs and nccl between GPUs
-        backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backends)
-        atexit.register(torch.distributed.destroy_process_group)
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")  # process 0 alone prints
+    """Reads the words of the command line and calls train, or tune."""
+    parser = make_parser()
+    settings = vars(parser.parse_args(argv))
+    work = train
+    on_signal = ask_to_stop
+    if settings.pop("tune", False):
+        work = tune
+    if work is tune or WORLD > 1:
+        on_signal = signal.SIG_DFL  # ends at once
+    before = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Ctrl-C, kill, and a terminal that was closed
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+            before[number] = signal.signal(number, on_signal)
     try:
-        config = choose_settings(flags)
-        work(config)
-    except (ValueError, OSError) as error:
+        work(**settings)
+    except (ValueError, OSError, MemoryError) as error:
         parser.error(error)
-    except (RuntimeError, MemoryError) as error:
-        if type(error).__module__.startswith("torch._"):  # a part of torch.compile
-            parser.error(f"torch.compile failed, so try --no-compile: {error!s:.200}")
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate" in str(error):
-            new = f"--batch_size {config.batch_size // 2 or 1} --grad_accum {2 * config.grad_accum}"
-            parser.error(f"out of memory: try {new}, then a smaller block_size, n_embd or n_layer")
-        raise
+    finally:  # a notebook goes on after this
+        STOP.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
-    # A terminal without UTF-8 shows "?" and does not stop the run; a log file grows line by line.
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    open_streams()
     main()

@@ -2,70 +2,274 @@
 
     python prepare_owt.py openwebtext.tar.xz --out data/owt
 
-OpenWebText is a tar of 20,610 shards, 40 GB of text; a shard is a tar, packed by xz, with a .txt
-for each document. A first pass writes text and counts characters; a second makes ids of the text.
+OpenWebText is a tar of 20,610 shards, 40 GB of text. A shard is a tar, packed by xz, with a .txt
+for each document. The vocabulary is known only when all has been read, hence two passes: the first
+writes the texts to the disk and counts characters, the second turns the texts into ids. Several
+worker processes share the work.
 """
-import io, json, lzma, multiprocessing, os, random, shlex, signal, tarfile, tempfile, threading
-from collections import Counter
+import io, json, lzma, multiprocessing, os, random, re, shlex, shutil, signal, tarfile, threading
+import zlib
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
-from itertools import count, islice, repeat
 from pathlib import Path
 import numpy as np
-from tqdm import tqdm, utils
-from gpt import END, UNK, CharTokenizer, Parser, clean
+from tqdm import tqdm
+from tqdm.utils import CallbackIOWrapper
+import gpt
 
 
-def contents(name, file, unpack=False):
-    """Yields (name, content) for each part of an open file: for a .txt its text and END, for a tar
-    what is in it, for an .xz its bytes or, with unpack, what is in them. ValueError if damaged."""
+# -------------------------------- reading -------------------------------------------------------
+def kind_of(name):
+    """What a file is, going by its name: "tar", "xz", "txt", or a word for what is not read."""
+    name = name.lower().rpartition("/")[2]
+    if name.startswith("._"):
+        return "._ of macOS"
+    if re.search(r"\.(tar|tar\.\w+|tgz|tbz2?|txz)$", name):
+        return "tar"
+    ending = os.path.splitext(name)[1]
+    if ending in (".xz", ".txt"):
+        return ending[1:]
+    return ending or "no ending"
+
+
+def read_tar(name, file, not_read):
+    """Yields (name, bytes) for each .txt and .xz in an open tar, and in the tars inside it. Nothing
+    is extracted to the disk, so no name can write anywhere. not_read counts, by kind, what is
+    passed over. ValueError if the tar is damaged."""
     try:
-        if name.endswith(".txt"):
-            while data := file.read(2**20) + file.readline():  # whole lines, about 1 MB
-                yield name, clean(data.decode("utf-8-sig", "replace"))
-            if file.tell() > 0:
-                yield name, END
-        elif name.endswith((".tar", ".tar.xz")):
-            tar = tarfile.open(fileobj=file, mode="r:" + name.rpartition(".")[2])  # r:tar or r:xz
-            while member := tar.next():  # nothing is extracted, so no name can write anywhere
-                tar.members.clear()  # it would remember all of them
-                if member.isreg() and member.name.endswith((".txt", ".xz")):  # a plain file
-                    yield from contents(f"{name}: {member.name}", tar.extractfile(member), unpack)
-            if tar.fileobj.read(512) != bytes(512):  # a tar ends with two; next has read one
-                raise EOFError("the end is missing")
-            tar.fileobj.read()  # only at its end is an .xz known to be whole
-        elif unpack:
-            data = lzma.decompress(file.read())
-            kind = ".tar" if b"\0" in data[:512] else ".txt"  # zeros fill a tar's first block
-            yield from contents(name + kind, io.BytesIO(data))
-        elif name.endswith(".xz"):
-            yield name, file.read()
-    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
-        raise ValueError(f"{name}: damaged: {error}") from None
+        tar = tarfile.open(fileobj=file, mode="r:*")  # *: packed by gzip, bzip2, xz or not at all
+        while member := tar.next():
+            tar.members.clear()  # it would remember all of them
+            inner = f"{name}: {member.name}"
+            kind = kind_of(member.name)
+            if member.isdir():
+                continue
+            if not member.isreg():
+                not_read["links and devices"] += 1
+            elif kind == "tar":
+                yield from read_tar(inner, tar.extractfile(member), not_read)
+            elif kind in ("xz", "txt"):
+                tar.fileobj.seek(member.offset_data)
+                yield inner, tar.fileobj.read(member.size)  # faster than extractfile
+            else:
+                not_read[kind] += 1
+        # A tar ends with two blocks of 512 zeros. tarfile has stopped at one, or at damage, which
+        # looks the same from here: the other one tells.
+        if tar.fileobj.read(512) != bytes(512):
+            raise EOFError("the end is missing")
+        while tar.fileobj.read(2**20):
+            pass  # what packs a tar knows only at its own end that it was whole
+    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
+        raise ValueError(f"{name}: damaged: {error}")
 
 
-def write_text(number, part, folder):
-    """First pass, in a worker: writes a part's text; returns how often each character is in it."""
-    name, text = part
-    if isinstance(text, bytes):  # an .xz: workers share the work of unpacking
-        text = "".join(piece for _, piece in contents(name, io.BytesIO(text), unpack=True))
-    (folder / str(number)).write_bytes(text.encode())
+def read_long_text(path):
+    """Yields a text file piece by piece, since it may be larger than memory, and then END.
+    ValueError if it is not text."""
+    with open(path, "rb") as file:
+        encoding = gpt.encoding_of(file.read(2))
+    try:
+        with open(path, encoding=encoding, newline="") as file:
+            while piece := file.read(2**20):
+                while piece.endswith("\r"):  # a line end, \r\n, must not be torn apart
+                    following = file.read(1)
+                    piece += following
+                    if not following:
+                        break
+                if "\0" in piece:
+                    raise ValueError("a NUL")
+                yield gpt.clean(piece)
+    except ValueError as error:  # what Python says of bytes that are wrong is a ValueError too
+        raise ValueError(f"{path} is no text: {error}")
+    yield gpt.END
+
+
+def read_source(path, moved, not_read):
+    """Yields (name, content) of a file on the disk: pieces of a text, the bytes of a .txt or .xz.
+    moved(n) is called for each n bytes read."""
+    kind = kind_of(path.name)
+    if kind == "txt":
+        for piece in read_long_text(path):
+            moved(len(piece))
+            yield str(path), piece
+    elif kind == "xz":
+        yield str(path), path.read_bytes()
+        moved(path.stat().st_size)
+    elif kind == "tar":
+        with open(path, "rb") as file:
+            watched = CallbackIOWrapper(moved, file, "read")
+            yield from read_tar(str(path), watched, not_read)
+    else:
+        not_read[kind] += 1
+
+
+def read_documents(name, content, not_read):
+    """Yields the documents in what read_source yields, each closed by END."""
+    if isinstance(content, str):
+        yield content  # a piece of a long text
+    elif kind_of(name) == "txt":
+        text = content.decode(gpt.encoding_of(content), "replace")
+        if "\0" in text:
+            not_read["documents with a NUL"] += 1
+            return
+        not_read["bytes that are not UTF-8"] += text.count(gpt.UNK) - content.count(UNK_BYTES)
+        yield gpt.clean(text) + gpt.END
+    else:
+        yield from unpack(name, content, not_read)
+
+
+UNK_BYTES = gpt.UNK.encode()
+
+
+def unpack(name, content, not_read):
+    """Yields the documents in an .xz, which holds a tar, a text or another .xz."""
+    try:
+        content = lzma.decompress(content)
+    except (lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"{name}: damaged: {error}")
+    inner = name[: -len(".xz")]
+    if tarfile.is_tarfile(io.BytesIO(content)):
+        for member, data in read_tar(inner, io.BytesIO(content), not_read):
+            yield from read_documents(member, data, not_read)
+    else:
+        if kind_of(inner) != "xz":
+            inner += ".txt"
+        yield from read_documents(inner, content, not_read)
+
+
+# -------------------------------- two passes ----------------------------------------------------
+def batches(files, flags, moved, not_read):
+    """Yields lists of (name, content), each of about a megabyte: enough work for a worker."""
+    batch = []
+    size = 0
+    for path in files:
+        for name, content in read_source(path, moved, not_read):
+            if random.Random(f"{flags.seed} {name}").random() >= flags.sample:
+                continue
+            batch.append((name, content))
+            size += len(content)
+            if size >= 2**20:
+                yield batch
+                batch = []
+                size = 0
+    yield batch
+
+
+def write_text(path, batch):
+    """First pass, in a worker: writes the documents of a batch into one file. Returns how often
+    each character is in it, and what was not read."""
+    not_read = Counter()
+    documents = []
+    for name, content in batch:
+        documents.extend(read_documents(name, content, not_read))
+    text = "".join(documents)
+    path.write_bytes(text.encode())
+    return count_characters(text), not_read
+
+
+def count_characters(text):
+    """{character: how often it occurs}. A Counter does that by itself, but ten times slower."""
     counts = Counter()
     for start in range(0, len(text), 2**16):  # little at a time, which a processor's cache holds
-        found = np.bincount(np.frombuffer(text[start : start + 2**16].encode("utf-32-le"), "<u4"))
-        for code in np.flatnonzero(found):  # found[65] is how often "A" occurs
+        piece = text[start : start + 2**16]
+        codes = np.frombuffer(piece.encode("utf-32-le"), np.uint32)
+        found = np.bincount(codes)  # found[65] is how often "A" occurs
+        for code in np.flatnonzero(found):
             counts[chr(code)] += int(found[code])
     return counts
 
 
-def write_ids(number, start, folder, chars):
-    """Second pass, in a worker: a file of text becomes ids, in their place in train.bin."""
-    tokenizer = CharTokenizer(chars)
-    path = folder / str(number)
-    with open(path, encoding="utf-8", newline="") as text, open(folder / "train.bin", "r+b") as ids:
-        ids.seek(2 * start)  # two bytes an id; other workers write other places
+def write_ids(path, start, chars, train):
+    """Second pass, in a worker: a file of text becomes ids, in their place in train.bin. Returns
+    the size of the text in bytes."""
+    tokenizer = gpt.CharTokenizer(chars)
+    size = path.stat().st_size
+    with open(path, encoding="utf-8", newline="") as text, open(train, "r+b") as ids:
+        ids.seek(2 * start)  # two bytes for each id; other workers write other places
         while piece := text.read(2**16):
             ids.write(tokenizer.encode(piece))
     path.unlink()
+    return size
+
+
+def first_pass(files, folder, flags, pool):
+    """Returns the files of text with their starts, in characters; the counts; what was not read."""
+    counts = Counter()
+    not_read = Counter()
+    texts = []
+    waiting = deque()  # what the workers are at, in order
+    size = sum(path.stat().st_size for path in files)
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc="texts", disable=None)
+
+    def take():
+        """Waits for the oldest batch, and adds up what it found."""
+        path, future = waiting.popleft()
+        found, passed_over = future.result()
+        texts.append((path, counts.total()))
+        counts.update(found)
+        not_read.update(passed_over)
+        bar.set_postfix_str(f"{counts[gpt.END]:,} documents, {counts.total():,} characters")
+
+    with bar:
+        for number, batch in enumerate(batches(files, flags, bar.update, not_read)):
+            path = folder / f"{number}.text"
+            waiting.append((path, pool.submit(write_text, path, batch)))
+            if len(waiting) > 2 * flags.workers:  # no more than that in memory
+                take()
+        while waiting:
+            take()
+    return texts, counts, not_read
+
+
+def second_pass(texts, tokenizer, folder, pool):
+    """Writes train.bin, with the ids of all."""
+    train = folder / "train.bin"
+    train.touch()
+    futures = []
+    size = sum(path.stat().st_size for path, _ in texts)
+    for path, start in texts:
+        futures.append(pool.submit(write_ids, path, start, tokenizer.chars, train))
+    with tqdm(total=size, unit="B", unit_scale=True, desc="ids", disable=None) as bar:
+        for future in futures:
+            bar.update(future.result())
+
+
+def split(folder, tokenizer, val_fraction):
+    """Moves the last part of train.bin to val.bin, back to where a document ends, if one does in
+    the 16 million characters before. Returns how many ids both have."""
+    ids = np.memmap(folder / "train.bin", "<u2", "r")
+    total = len(ids)
+    cut = int((1 - val_fraction) * total)
+    before = ids[max(0, cut - 2**24) : cut]
+    ends = np.flatnonzero(before == tokenizer.end)
+    if len(ends) > 0:
+        cut -= len(before) - 1 - int(ends[-1])
+    ids[cut:].tofile(folder / "val.bin")
+    del ids  # Windows does not shorten a file while an array looks into it
+    os.truncate(folder / "train.bin", 2 * cut)
+    return cut, total - cut
+
+
+def prepare(files, folder, flags):
+    """Fills an empty folder; returns what its corpus.json says. ValueError names a bad source."""
+    with ProcessPoolExecutor(flags.workers, initializer=start_worker) as pool:
+        texts, counts, not_read = first_pass(files, folder, flags, pool)
+        kept = [char for char in counts if counts[char] >= flags.min_count]
+        if counts[gpt.END] == 0:
+            raise ValueError(f"no documents in these sources; not read: {as_words(not_read)}")
+        if set(kept) <= {gpt.END, gpt.UNK}:
+            raise ValueError(f"--min_count {flags.min_count} leaves no characters")
+        tokenizer = gpt.CharTokenizer(kept)
+        second_pass(texts, tokenizer, folder, pool)
+    train, val = split(folder, tokenizer, flags.val_fraction)
+    vocabulary = json.dumps(list(tokenizer.chars)).encode()
+    (folder / "vocab.json").write_bytes(vocabulary)
+    known = sum(counts[char] for char in tokenizer.chars if char != gpt.UNK)
+    corpus = dict(documents=counts[gpt.END], characters=counts.total() - counts[gpt.END],
+                  unknown=counts.total() - known, vocabulary=tokenizer.vocab_size,
+                  train=train, val=val, checksum=zlib.crc32(vocabulary), not_read=+not_read)
+    (folder / "corpus.json").write_text(json.dumps(corpus), "utf-8")
+    return corpus
 
 
 def start_worker():
@@ -77,45 +281,28 @@ def start_worker():
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def prepare(files, folder, flags):
-    """Fills an empty folder; returns what its corpus.json says. ValueError names a bad source."""
-    counts = Counter()  # {character: how often it occurs}
-    starts = []  # of each file of text, in characters
-    bar = tqdm(total=sum(map(os.path.getsize, files)), unit="B", unit_scale=True, disable=None)
-    parts = (part for path in files for part in contents(  # each read moves the bar
-        str(path), utils.CallbackIOWrapper(bar.update, path.open("rb"), "read"))
-        if random.Random(f"{flags.seed} {part[0]}").random() < flags.sample)
-    with bar, ProcessPoolExecutor(flags.workers, initializer=start_worker) as pool:
-        while group := list(islice(parts, 32 * flags.workers)):  # the next
-            for found in pool.map(write_text, count(len(starts)), group, repeat(folder)):
-                starts.append(counts.total())
-                counts.update(found)
-            bar.set_postfix_str(f"{counts[END]:,} documents, {counts.total():,} characters")
-        if counts[END] == 0:
-            raise ValueError("no documents in " + " ".join(map(str, flags.sources)))
-        tokenizer = CharTokenizer(char for char in counts if counts[char] >= flags.min_count)
-        if tokenizer.vocab_size > 2**16:
-            raise ValueError(f"{tokenizer.vocab_size:,} characters are too many: raise --min_count")
-        (folder / "train.bin").touch()
-        list(pool.map(write_ids, count(), starts, repeat(folder), repeat(tokenizer.chars)))
-    ids = np.memmap(folder / "train.bin", "<u2", "r")
-    cut = int((1 - flags.val_fraction) * len(ids))  # where load_data cuts a text
-    is_end = ids[max(0, cut - 2**24) : cut] == tokenizer.end  # in the 16 million ids before
-    cut -= int(np.argmax(is_end[::-1]))  # back to the last True, if there is one: else argmax is 0
-    ids[cut:].tofile(folder / "val.bin")
-    del ids  # Windows shortens no file that is mapped
-    os.truncate(folder / "train.bin", 2 * cut)
-    (folder / "vocab.json").write_text(json.dumps(list(tokenizer.chars)), "utf-8")
-    known = sum(counts[char] for char in tokenizer.chars if char != UNK)
-    corpus = dict(documents=counts[END], characters=counts.total() - counts[END],
-                  unknown=counts.total() - known, vocabulary=tokenizer.vocab_size)
-    (folder / "corpus.json").write_text(json.dumps(corpus), "utf-8")
-    return corpus
+# -------------------------------- the command line ----------------------------------------------
+def as_words(counts):
+    """{"a": 1, "b": 2} -> "1 a, 2 b"."""
+    words = [f"{counts[kind]:,} {kind}" for kind in sorted(counts) if counts[kind] > 0]
+    return ", ".join(words) or "nothing"
+
+
+def find_files(sources):
+    """All files that are meant, also those in folders, and in theirs. OSError if one is missing."""
+    files = []
+    for source in sources:
+        if source.is_dir():
+            files += sorted(path for path in source.rglob("*") if path.is_file())
+        else:
+            source.stat()
+            files.append(source)
+    return files
 
 
 def main(argv=None):
     """Prepares in a temporary folder beside --out, which takes its place when it is complete."""
-    parser = Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = gpt.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("sources", nargs="+", type=Path, help=".tar, .tar.xz, .xz, .txt, folders")
     parser.add_argument("--out", type=Path, default="data/owt", help="folder to write (data/owt)")
     parser.add_argument("--seed", type=int, default=1337, help="chooses the sample (1337)")
@@ -126,25 +313,42 @@ def main(argv=None):
     flags = parser.parse_args(argv)
     signal.signal(signal.SIGINT, lambda number, frame: parser.exit(130))  # Ctrl-C
     try:
-        if not (0 < flags.sample <= 1 and 0 < flags.val_fraction < 1):
-            raise ValueError("--sample and --val_fraction must be above 0 and at most 1")
-        files = [path for source in flags.sources  # what is in a folder, or the source itself
-                 for path in sorted(source.glob("*.*")) or [source]]
-        ours = {"train.bin", "val.bin", "vocab.json", "corpus.json"}
-        if flags.out.exists() and {path.name for path in flags.out.iterdir()} - ours:
-            raise ValueError(f"{flags.out}: holds other files; name a folder of its own with --out")
-        flags.out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(".tmp", f"{flags.out.name}.", flags.out.parent) as folder:
-            new = Path(folder, "new")
-            new.mkdir()
-            corpus = prepare(files, new, flags)
-            if flags.out.exists():
-                flags.out.rename(Path(folder, "old"))
-            new.rename(flags.out)
+        corpus = replace_folder(flags)
     except (ValueError, OSError) as error:
         parser.error(error)
-    print(f"{corpus}\ntrain on it: python gpt.py --data {shlex.quote(str(flags.out))}")
+    print(f"{corpus['documents']:,} documents, {corpus['characters']:,} characters, "
+          f"{corpus['vocabulary']:,} different ones; not read: {as_words(corpus['not_read'])}")
+    print(f"train on it: python gpt.py --data {shlex.quote(str(flags.out))}")
+
+
+def replace_folder(flags):
+    """Nobody should find half a corpus, or lose an older one to a preparation that fails. Returns
+    what corpus.json says; ValueError for a wrong flag or source."""
+    if not 0 < flags.sample <= 1:
+        raise ValueError(f"--sample must be above 0 and at most 1, not {flags.sample}")
+    if not 0 < flags.val_fraction < 1:
+        raise ValueError(f"--val_fraction must be between 0 and 1, not {flags.val_fraction}")
+    if flags.workers < 1 or flags.min_count < 1:
+        raise ValueError("--workers and --min_count must be at least 1")
+    ours = {"train.bin", "val.bin", "vocab.json", "corpus.json"}
+    if flags.out.exists() and set(os.listdir(flags.out)) - ours:
+        raise ValueError(f"{flags.out} holds other files; name a folder of its own with --out")
+    files = find_files(flags.sources)
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
+    gpt.remove_leftovers(flags.out)
+    temporary = Path(f"{flags.out}.{os.getpid()}.tmp")
+    try:
+        new = temporary / "new"
+        new.mkdir(parents=True)
+        corpus = prepare(files, new, flags)
+        if flags.out.exists():
+            flags.out.rename(temporary / "old")
+        new.rename(flags.out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return corpus
 
 
 if __name__ == "__main__":
+    gpt.open_streams()
     main()
