@@ -112,8 +112,12 @@ class Chat:
     def name(self, id):
         """A character in a form that one can see, five wide: a space is ' '."""
         char = self.tokenizer.chars[id]
-        names = {gpt.END: "END", gpt.UNK: "UNK"}
-        return f"{names.get(char, ascii(char) if not char.isprintable() else repr(char)):5}"
+        name = repr(char)  # which writes a line end as '\n'
+        if char == gpt.END:
+            name = "END"
+        if char == gpt.UNK:
+            name = "UNK"
+        return f"{name:5}"
 
     def bar(self, share):
         """A share as a bar, ten wide."""

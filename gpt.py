@@ -6,11 +6,11 @@
     python chat.py                   talk to the model
 
 GPT stands for generative pre-trained transformer: it generates text, was trained on much of it
-beforehand, and is built as the Transformer is. What it writes should read like the text that it
-was trained on, without being a copy. The file follows the freeCodeCamp course "Create a Large
-Language Model from Scratch with Python". Part one is the lesson: what a GPT is and how it learns.
-Part two keeps a run safe and makes it fast; a first reading may skip it. Letters in comments are
-sizes:
+beforehand, and its parts are those of the Transformer of 2017. What it writes should read like the
+text that it was trained on, without being a copy. The file follows the freeCodeCamp course "Create
+a Large Language Model from Scratch with Python". Part one is the lesson: what a GPT is and how it
+learns. Part two keeps a run safe and makes it fast; a first reading may skip it. Letters in
+comments are sizes:
     B  batch: texts worked on side by side      H  attention heads
     T  time: characters in each text            D  head size, C / H
     C  channels: numbers for each character     V  vocabulary: different characters
@@ -70,8 +70,9 @@ class CharTokenizer:
     in between. The course has
         char_to_id = {char: id for id, char in enumerate(chars)}
         id_to_char = {id: char for id, char in enumerate(chars)}
-    Here chars[id] is the character of an id. To look up a whole text at once, code_to_id is an
-    array with a place for each code, the number of a character in Unicode: ord("h") is 104.
+    Here chars[id] is the character of an id. The other way is an array, since numpy looks up a
+    whole text in an array at once: code_to_id[104] is the id of "h", as 104 is the code of "h",
+    its number in Unicode.
     ValueError if there are more characters than 2 bytes can number."""
 
     def __init__(self, chars):
@@ -89,9 +90,10 @@ class CharTokenizer:
 
     def encode(self, text):
         """str -> ids, 1-D uint16. Characters outside the vocabulary become UNK; it never fails."""
-        # In UTF-32 each character is its code, in 4 bytes. surrogatepass lets broken ones through.
+        # UTF-32 writes each character as its code, in 4 bytes, and frombuffer reads such bytes as
+        # numbers: "hi" is 104, 105. (surrogatepass: also halves of characters, in broken texts.)
         utf32 = text.encode("utf-32-le", "surrogatepass")
-        codes = np.frombuffer(utf32, np.uint32)  # as numbers: "hi" is 104, 105
+        codes = np.frombuffer(utf32, np.uint32)
         return self.code_to_id[codes]
 
     def decode(self, ids):
@@ -211,7 +213,9 @@ class MultiHeadAttention(nn.Module):
         q = q.view(B, T, H, D).transpose(1, 2)       # (B, T, C) -> (B, T, H, D) -> (B, H, T, D)
         k = k.view(B, T, H, D).transpose(1, 2)
         v = v.view(B, T, H, D).transpose(1, 2)
-        if cache is not None:                        # in generation only: see stream
+        # In generation, x is only what is new. cache keeps the keys and values of the characters
+        # before, for each of these modules: {module: (keys, values)}. stream says why it may.
+        if cache is not None:
             if self in cache:
                 old_k, old_v = cache[self]
                 k = torch.cat((old_k, k), dim=2)
@@ -238,12 +242,12 @@ class FeedForward(nn.Sequential):
 
 class Block(nn.Module):
     """Attention, then feed-forward: one layer of the model. (B, T, C) -> (B, T, C).
-    Each result is added to its input: this residual keeps what was known, and gives learning a
-    short way back to the first layers. A norm follows each sum: it brings each character's C
-    numbers to mean 0 and variance 1, so that they keep one scale from layer to layer, and then to
-    a scale and shift that are learned. This order is post-norm, as in the course. GPT-2 uses
-    pre-norm, x + sublayer(norm(x)), which leaves the way back quite free; with post-norm, training
-    has to begin gently (see learning_rate).
+    Each result is added to its input: this residual keeps what was known, and is a short way from
+    the loss back to the first layers when the model learns. A norm follows each sum: it brings each
+    character's C numbers to mean 0 and variance 1, so that they keep one scale from layer to layer,
+    and then to a scale and shift that are learned. This order is post-norm, as in the course. GPT-2
+    uses pre-norm, x + sublayer(norm(x)), where no norm stands in that way; with post-norm, training
+    has to begin with small steps (see learning_rate).
     The first Transformer was a translator: an encoder read one language, a decoder wrote the other
     and also looked at what the encoder had read (cross-attention). This is the decoder alone."""
 
@@ -300,7 +304,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.norm(x))                        # (B, T, V)
         if targets is None:
             return logits, None
-        scores = logits.flatten(0, 1).float()                      # (B*T, V); the loss needs digits
+        scores = logits.flatten(0, 1).float()                      # (B*T, V), in float32
         loss = nn.functional.cross_entropy(scores, targets.flatten())
         return logits, loss
 
@@ -309,13 +313,13 @@ class GPT(nn.Module):
         """Continues index, int64 (B, T) with T >= 1, by one new character at a time, (B, 1): yield
         hands it out, and goes on from there when the next one is asked for.
         temperature and top_k: see draw.
-        cache keeps the keys and values of the characters that were read: {module: (keys, values)}.
-        Nobody looks ahead, in any layer, so a later character cannot change those of an earlier
-        one, and only the newest character has to be read.
-        The model sees block_size characters. When there are more, say 9 instead of 8, all but the
-        last 4 are dropped. They now stand at positions 0 to 3, and as the position is part of what
-        a key is made from, the cache no longer fits: they are read again, into an empty one. That
-        is once in half a block, however long the text is."""
+        cache keeps the keys and values of what was read, so that only the newest character has to
+        be read. They stay right, because each character sees only those before it, in every layer:
+        what comes later changes nothing in what an earlier one knows.
+        The model sees block_size characters. When there are more, say 9 instead of 8, only the
+        last 4 are kept. These move from positions 5 to 8 to positions 0 to 3. A key is made from
+        character and position, so those in the cache are wrong now, and the 4 are read again, into
+        an empty cache. That happens once in half a block, however long the text is."""
         index = index[:, -self.config.block_size:]              # crop to what the model can see
         cache = {}
         start = 0                                               # position of the first one to read
@@ -346,7 +350,8 @@ def draw(logits, temperature=1.0, top_k=None):
     shares = (logits.float() / temperature).softmax(dim=-1)
     if top_k:
         ids = shares.argsort(dim=-1, descending=True, stable=True)
-        shares = shares.scatter(-1, ids[:, top_k:], 0.0)        # nothing for those after the k-th
+        others = ids[:, top_k:]                                 # all after the k-th
+        shares = shares.scatter(-1, others, 0.0)                # their shares become 0
     return torch.multinomial(shares, 1)  # each is drawn by its share, as with a loaded die
 
 
@@ -396,7 +401,7 @@ def make_optimizers(model, config):
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms are not shrunk
     others = []
-    if config.optimizer == "muon":  # an option, in part two, which takes the blocks' matrices
+    if config.optimizer == "muon":  # an option, in part two: another optimizer for the blocks
         matrices, others = make_muon(model, config)
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
@@ -424,17 +429,16 @@ def training_step(model, optimizers, batches, config, step):
     accumulation: their gradients add up to those of one large batch, too large for the memory."""
     total = 0.0
     for seed, x, y in batches:
-        # Dropout's random choice follows from the seed. A run that was killed does some steps
-        # again, and so it drops the same numbers as before.
-        torch.manual_seed(seed)
+        torch.manual_seed(seed)  # so that dropout's random choice is the same if a killed run
+        #                          comes to this step again
         with autocast(config):
             _, loss = model(x, y)
         loss = loss / len(batches)  # the batches' losses add up to their mean
         loss.backward()
         total += loss.detach()  # the number alone, without what backward needs
-    average_gradients(model)  # in part two: where several processes train one model
-    # One odd batch must not throw the weights far: where the gradients, all as one vector, are
-    # longer than grad_clip, they are shortened to that.
+    average_gradients(model)  # in part two, for several processes; alone, it does nothing
+    # One odd batch must not throw the weights far. All gradients together are one long vector; if
+    # its length is above grad_clip, it is shortened to that.
     if config.grad_clip > 0:
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     rate = learning_rate(step, config)
@@ -448,7 +452,7 @@ def training_step(model, optimizers, batches, config, step):
 
 def learn(model, splits, config):
     """Training, whole: again and again a batch and a step, and now and then a look at the losses.
-    (train, in part two, is this loop with what a long run needs: it saves, and carries on.)"""
+    python gpt.py runs train, in part two: this loop, with what a long run needs besides."""
     optimizers = make_optimizers(model, config)
     data = splits["train"]
     for step in range(config.max_iters):
@@ -463,6 +467,13 @@ def learn(model, splits, config):
 # ================================ Part two: the craft ===========================================
 # It reads what users really have, keeps a run safe and makes it fast. Each function says first
 # which trouble it is there for.
+
+# One process can use one GPU. torchrun, PyTorch's starter, runs WORLD processes that train one
+# model together, on one machine or several, and gives each a number, its RANK. A process started
+# without it is alone: RANK is 0 and WORLD is 1. LOCAL_RANK is a process's number on its machine.
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
 # -------------------------------- reading texts -------------------------------------------------
@@ -504,10 +515,12 @@ def read_text(path):
     try:
         text = data.decode(encoding_of(data))
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
+        before = error.object[: error.start]
+        line = before.count(b"\n") + 1
         raise ValueError(f"{path}, line {line:,}: this is no text in {error.encoding}; {advice}")
     if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
+        before, _, _ = text.partition("\0")
+        line = before.count("\n") + 1
         raise ValueError(f"{path}, line {line:,}: a NUL, so this is no text; {advice}")
     return clean(text)
 
@@ -519,16 +532,19 @@ def read_pairs(path):
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
+        where = f"{path}, line {number}"
         try:
             pair = json.loads(line)
-            text = pair["prompt"] + "\n" + pair["completion"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            found = line[:60]
-            if line.startswith("{") and line.endswith("}"):
-                found = "the keys " + ", ".join(re.findall(r'"(\w+)":', line))
-            raise ValueError(f'{path}, line {number}: no "prompt" and "completion" with texts, but '
-                             f"{found}")
-        pairs.append(clean(text))
+        except (ValueError, RecursionError):
+            raise ValueError(f"{where}: this is no JSON: {line[:60]}")
+        if not isinstance(pair, dict):
+            raise ValueError(f"{where}: no object with prompt and completion: {line[:60]}")
+        texts = [pair.get("prompt"), pair.get("completion")]
+        for text in texts:
+            if not isinstance(text, str) or "\0" in text:
+                raise ValueError(f"{where}: prompt and completion must be texts; the keys here are "
+                                 f"{', '.join(pair)}")
+        pairs.append(clean("\n".join(texts)))
     return pairs
 
 
@@ -566,8 +582,8 @@ def read_documents(path):
 def open_prepared(folder):
     """The folder of prepare_owt.py -> (splits, tokenizer). An array of np.memmap looks like any
     other, but reads from its file only what is used, so that a corpus may be larger than memory.
-    ValueError if the files do not belong together: with a part of it, or with another vocabulary,
-    a run would learn nonsense."""
+    ValueError if the files do not belong together: if one was cut, or comes from another folder,
+    a run would learn nonsense. (A checksum is a number that changes when a file does.)"""
     folder = Path(folder)
     vocabulary = (folder / "vocab.json").read_bytes()
     try:
@@ -584,7 +600,7 @@ def open_prepared(folder):
     splits = {}
     for name in ("train", "val"):
         if corpus[name] > 0:  # a file of nothing cannot be mapped
-            splits[name] = np.memmap(folder / f"{name}.bin", "<u2", "r")  # 2-byte integers
+            splits[name] = np.memmap(folder / f"{name}.bin", np.uint16, "r")  # r: read only
         else:
             splits[name] = np.zeros(0, np.uint16)
     return splits, CharTokenizer(json.loads(vocabulary))
@@ -613,8 +629,8 @@ def load_corpus(config, chars=""):
 
 
 def fit_blocks(splits, config):
-    """Checks that a block fits into each split. Of pairs there may be few, and they are repeated
-    until it does: of 50 ids, 3 copies are longer than a block of 128. ValueError otherwise."""
+    """A split must be longer than a block. Where there are few pairs, they are repeated until it
+    is: for a block of 128, there are 3 copies of 50 ids. ValueError for any other short text."""
     for name, ids in splits.items():
         if kind_of(config.data) == "pairs" and len(ids) > 0:
             copies = 1 + config.block_size // len(ids)
@@ -656,7 +672,7 @@ def check(config):
             if field.type is float or name in MAY_BE_ZERO:
                 lowest = 0
             highest = HIGHEST.get(name, 2**31)
-            if not lowest <= value <= highest:  # nor is it when value is "not a number"
+            if not lowest <= value <= highest:  # nan, "not a number", is not either
                 raise ValueError(f"{name} must be from {lowest} to {highest}, not {value}")
 
 
@@ -677,42 +693,45 @@ def defaults_for(device):
 
 
 def choose_settings(given):
-    """A setting is what was given, else what the checkpoint says, else what suits the device, else
-    what Config says. A run that carries on takes all but OF_THE_MACHINE from its checkpoint; one
-    that only starts from other weights (init_from) takes the ARCHITECTURE.
-    {name: value} -> (config, checkpoint or {}, stamp of the file out or None for a new run).
-    ValueError if what was given contradicts the checkpoint."""
+    """A setting that was given beats the checkpoint, the checkpoint beats what suits the device,
+    and that beats Config. Takes {name: value} and returns (config, saved, stamp). saved is what the
+    checkpoint holds, or {}. stamp is that of the file out, and says that this run carries on with
+    it; None for a new run (see stamp_of)."""
     config = Config(**given)  # a first one, to know which device and files are meant
-    # book.txt gives book.pkl. (abspath gives "." a name; a link keeps the name that was typed.)
+    # book.txt gives book.pkl. abspath finds a name for "." too; a link is named as it was typed.
     out = config.out or Path(os.path.abspath(config.data or "model")).stem + ".pkl"
     stamp, saved = find_checkpoint(out, config.init_from)
     settings = defaults_for(config.device)
-    for name, value in saved.get("config", {}).items():
-        if name in ARCHITECTURE or (stamp and name not in OF_THE_MACHINE):
-            settings[name] = value
+    if saved:
+        handed_down = ARCHITECTURE  # all that a run with init_from takes over
+        if stamp:
+            handed_down = set(saved["config"]) - set(OF_THE_MACHINE)
+        for name in handed_down:
+            settings[name] = saved["config"][name]
     settings.update(given)
     settings["out"] = out
-    if saved:
-        refuse_contradictions(given, settings, saved, stamp)
     return Config(**settings), saved, stamp
 
 
-def refuse_contradictions(given, settings, saved, stamp):
-    """A trained model must not be lost to a flag that does not fit, and nobody should believe that
-    a setting made no difference when no step was left to use it. ValueError names the setting."""
-    path = settings["out"] if stamp else settings["init_from"]
-    finished = stamp and saved["step"] >= settings["max_iters"]
+def refuse_contradictions(given, config, saved, stamp):
+    """A trained model must not be lost to a flag that does not fit. And where a run is finished, no
+    step is left to use another setting: nobody should believe that it made no difference.
+    ValueError names the setting."""
+    path = config.out if stamp else config.init_from
     fixed = ARCHITECTURE
-    advice = "leave it out, or name another --out"
     if stamp:
-        fixed += ("optimizer", "seed", "init_from")
-    if finished:
-        fixed = set(given) - {"data", "out", "device", "max_iters"}
-        advice = f"the run is finished at step {saved['step']}, so raise --max_iters or {advice}"
+        fixed = ARCHITECTURE + ("optimizer", "seed", "init_from")
+    finished = stamp and saved["step"] >= config.max_iters
     for name, value in given.items():
         old = saved["config"].get(name, value)
-        if name in fixed and value != old:
-            raise ValueError(f"{path} was trained with {name} {old!r}, not {value!r}: {advice}")
+        if value == old:
+            continue
+        words = f"{path} was trained with {name} {old!r}, not {value!r}"
+        if name in fixed:
+            raise ValueError(f"{words}: leave it out, or name another --out")
+        if finished and name not in ("data", "out", "device", "max_iters"):
+            raise ValueError(f"{words}, and is finished at step {saved['step']}: raise --max_iters "
+                             "or name another --out")
 
 
 # -------------------------------- checkpoints ---------------------------------------------------
@@ -736,8 +755,8 @@ def save_checkpoint(path, checkpoint, stamp):
     try:
         with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())  # on the disk, before the old file goes
+            file.flush()             # from Python to the system
+            os.fsync(file.fileno())  # from the system to the disk, before the old file goes
         if stamp_of(path) != stamp:
             raise OSError("another run has written this file, so name another --out")
         temporary.replace(path)
@@ -775,8 +794,8 @@ def load_checkpoint(path):
             saved = torch.load(path, map_location="cpu", weights_only=True)
         check_checkpoint(saved)
     except OSError:
-        raise
-    except Exception as error:  # a file of any kind can fail in any way
+        raise  # the file could not be read at all
+    except Exception as error:  # it could, but a foreign file can fail in any way
         if is_out_of_memory(error):
             raise ValueError(f"{path} does not fit in memory")
         raise ValueError(f"{path} is no checkpoint of gpt.py, or it is damaged")
@@ -785,7 +804,7 @@ def load_checkpoint(path):
 
 def check_checkpoint(saved):
     """A damaged file is better found now than in the middle of a run. Any error will do: what is
-    missing is a KeyError, and so on."""
+    missing is a KeyError, what is of the wrong kind a TypeError, and so on."""
     config = Config(**saved["config"])
     tokenizer = CharTokenizer(saved["chars"])
     if tokenizer.chars != saved["chars"]:
@@ -793,16 +812,19 @@ def check_checkpoint(saved):
     with torch.device("meta"):  # there, tensors have shapes but no numbers, and cost nothing
         model = GPT(config, tokenizer.vocab_size)
     expected = shapes(model.state_dict())
-    for name in ("model", "best"):
-        if shapes(saved[name]) != expected:
-            raise ValueError(f"{name} does not fit the settings")
-    if type(saved["step"]) is not int:
-        raise ValueError("step is no whole number")
-    for losses in saved["losses"].values():
-        float(losses["train"])
-        float(losses["val"])
-    list(saved["optimizer"])
-    saved["corpus"]
+    for weights in (saved["model"], saved["best"]):
+        if shapes(weights) != expected:
+            raise ValueError("these weights are another model's")
+        for tensor in weights.values():
+            if not tensor.isfinite().all():
+                raise ValueError("these weights are no numbers")
+    if type(saved["step"]) is not int or type(saved["optimizer"]) is not list:
+        raise TypeError("step or optimizer")
+    total = 0.0
+    for step, losses in saved["losses"].items():
+        total += step + losses["train"] + losses["val"]  # fails if one is missing or no number
+    if "corpus" not in saved:
+        raise KeyError("corpus")
 
 
 def shapes(tensors):
@@ -811,33 +833,40 @@ def shapes(tensors):
 
 
 def restore(optimizers, states):
-    """Gives optimizers back what they keep for each weight: for AdamW its two averages.
-    An optimizer makes these tensors at its first step. So it takes one here, with gradients of 0,
-    and then the saved numbers are copied into them; the weights are loaded afterwards. (PyTorch's
-    own load_state_dict takes the saved tensors as they are. Its fused AdamW does not check their
-    sizes, and reads and writes past the end of one that is too small.) ValueError if sizes differ,
-    or some other error where something is missing."""
-    for optimizer, state in zip(optimizers, states, strict=True):
+    """Gives optimizers back what they keep for each weight, such as AdamW's two averages.
+    PyTorch's load_state_dict would take the saved tensors without a look at their sizes, and its
+    fused AdamW then reads and writes past the end of one that is too small. Hence three moves.
+    First each optimizer takes a step with gradients of 0, at which it makes its own tensors, of the
+    right sizes. Then sizes are compared. Then the saved numbers are copied into these tensors.
+    (What that step did to the weights does not matter: they are loaded after this.)
+    states: for each optimizer, {number of a weight: {name: tensor}}. Some error if they differ."""
+    for optimizer, saved in zip(optimizers, states, strict=True):
         weights = []
         for group in optimizer.param_groups:
             weights.extend(group["params"])
-        for number in state:  # state is {number of a weight: {name: tensor}}
+        for number in saved:
             weights[number].grad = torch.zeros_like(weights[number])
         optimizer.step()
         optimizer.zero_grad()
-        for number, kept in optimizer.state_dict()["state"].items():
-            if shapes(kept) != shapes(state[number]):
-                raise ValueError("other shapes")
-            for name, tensor in kept.items():
-                if torch.is_tensor(tensor):
-                    tensor.copy_(state[number][name])
-                else:
-                    kept[name] = state[number][name]  # some optimizers count in plain numbers
+        own = optimizer.state_dict()["state"]  # the very tensors that the optimizer uses
+        for number in own:
+            copy_state(saved[number], own[number])
+
+
+def copy_state(saved, own):
+    """Copies numbers from {name: tensor} to another such dict. ValueError if the shapes differ."""
+    if shapes(saved) != shapes(own):
+        raise ValueError("these are another optimizer's")
+    for name in own:
+        if torch.is_tensor(own[name]):
+            own[name].copy_(saved[name])
+        else:
+            own[name] = saved[name]  # some optimizers count in plain numbers
 
 
 def find_checkpoint(out, init_from):
-    """A run that exists is carried on, never overwritten, so the file out is looked for first:
-    (its stamp, what it holds). Else (None, what init_from holds), or (None, {})."""
+    """A run that exists is carried on, never overwritten, so the file out is looked for first.
+    Returns its stamp and what it holds; if there is none, None and what init_from holds, or {}."""
     found = [None, {}]
     if RANK == 0:
         stamp = stamp_of(out)
@@ -863,14 +892,6 @@ def load_model(path, device="cpu"):
 
 
 # -------------------------------- devices and processes -----------------------------------------
-# One process can use one GPU. torchrun, PyTorch's starter, runs WORLD processes that train one
-# model together, on one machine or several, and gives each a number, its RANK. A process started
-# without it is alone: RANK is 0 and WORLD is 1. LOCAL_RANK is a process's number on its machine.
-RANK = int(os.environ.get("RANK", 0))
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-
-
 def join_processes():
     """Connects the processes of torchrun: through nccl between GPUs, gloo between CPUs. Process 0
     alone prints, or each line would come WORLD times."""
@@ -886,7 +907,7 @@ def join_processes():
 
 
 def prepare_device(config):
-    """A device that is missing is better found before the data is read: ValueError.
+    """A device that is missing is better named than met in a traceback: ValueError.
     A CPU has few fast cores, a GPU thousands of slow ones, which suits matrix products. CUDA is how
     NVIDIA's GPUs are programmed. .to(device) moves tensors; two that meet must be on one device."""
     if not getattr(torch, config.device).is_available():
@@ -900,17 +921,20 @@ def prepare_device(config):
     if config.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ValueError("dtype bfloat16: this GPU has none, so leave the flag out")
     torch.set_float32_matmul_precision("high")  # TF32: fewer digits, far faster
-    torch.backends.cuda.enable_cudnn_sdp(False)  # attention that prepares anew for each length of T
+    # Of PyTorch's ways to compute attention, cuDNN's first prepares itself for each new length T,
+    # and in generation every character is a new one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def build(config, vocab_size):
     """Makes a new model on its device, and returns (model, optimizers, fast_model).
     torch.compile turns a model into faster code. fast_model is that code. It computes with the very
     same weights, so whoever trains it trains the model; and it is the model itself where nothing
-    is compiled. On a GPU, launching hundreds of small computations from Python takes longer than
-    they do themselves: a CUDA graph (reduce-overhead) launches all of a step's at once. It keeps
-    its results in the same memory at each step, so gradients cannot add up over several batches;
-    for these there is the compiler's default mode."""
+    is compiled. On a GPU, a step is hundreds of small computations, and to start them one by one
+    from Python takes longer than they do. A CUDA graph records them once and then starts all of
+    them together: the compiler's mode reduce-overhead. Its results lie in the same memory each
+    time, so that of a second batch the gradients would overwrite those of the first instead of
+    adding up. Steps of several batches use the default mode."""
     prepare_device(config)
     torch.manual_seed(config.seed)
     model = GPT(config, vocab_size).to(config.device)
@@ -960,11 +984,12 @@ def make_exact(model):
 
 def make_muon(model, config):
     """Returns the matrices left to AdamW, and [Muon] for those of the blocks (Jordan 2024).
-    In an averaged gradient a few patterns are large and drown the many small ones. Muon makes all
-    of them about equally large, so that the small ones are learned as well. match_rms_adamw: with
-    steps as large as AdamW's, so that one learning rate serves both."""
+    A matrix of gradients is a sum of patterns, of which a few are large and most small. Muon gives
+    all of them about the same size before it moves the weights, so that the small ones are learned
+    as well. match_rms_adamw makes its steps as large as AdamW's: one learning rate serves both."""
     inside = [p for p in model.blocks.parameters() if p.ndim == 2]
-    outside = [p for p in model.parameters() if p.ndim >= 2 and p not in set(inside)]
+    taken = set(inside)
+    outside = [p for p in model.parameters() if p.ndim >= 2 and p not in taken]
     group = {"params": inside}  # a model without blocks has none
     muon = torch.optim.Muon([group], weight_decay=config.weight_decay,
                             adjust_lr_fn="match_rms_adamw")
@@ -979,7 +1004,7 @@ def average_gradients(model):
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     vector = nn.utils.parameters_to_vector(gradients)
     torch.distributed.all_reduce(vector)  # now it is the sum over all processes
-    nn.utils.vector_to_parameters(vector / WORLD, gradients)
+    nn.utils.vector_to_parameters(vector / WORLD, gradients)  # each gets its part of the mean
 
 
 def draw_batches(data, config, step):
@@ -1041,10 +1066,12 @@ def curve(losses):
     """A row of blocks for a list of losses: the lowest is ▁ and the highest █."""
     blocks = "▁▂▃▄▅▆▇█"
     low = min(losses)
-    height = max(losses) - low or 1.0  # not 0, when all are the same
+    height = max(losses) - low
     row = ""
     for loss in losses:
-        share = (loss - low) / height
+        share = 0.0
+        if height > 0:
+            share = (loss - low) / height
         row += blocks[round(7 * share)]
     return row
 
@@ -1122,7 +1149,9 @@ class Run:
                              "from its weights")
         try:
             restore(self.optimizers, saved["optimizer"])
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise ValueError(f"{out} is damaged: what its optimizer kept does not fit the model")
         self.model.load_state_dict(saved["model"])
         self.step = saved["step"]
@@ -1137,6 +1166,7 @@ class Run:
 
     def evaluate(self):
         """Estimates the losses and prints them, with a line that the model writes now."""
+        self.check_weights()
         losses = estimate_loss(self.model, self.splits, self.config)
         if not math.isfinite(losses["train"] + losses["val"]):
             raise ValueError(f"step {self.step}: the loss is no longer a number, so nothing was "
@@ -1147,25 +1177,28 @@ class Run:
         tqdm.write(f"step {self.step:6,d}   train {losses['train']:.4f}   "
                    f"val {losses['val']:.4f}   {line}")
 
+    def check_weights(self):
+        """Weights that are no longer numbers would spoil the file for good: ValueError."""
+        for tensor in self.model.state_dict().values():
+            if not tensor.isfinite().all():
+                raise ValueError(f"step {self.step}: some weights are no longer numbers, so "
+                                 "nothing was saved: lower --learning_rate")
+
     def best_step(self):
-        """The step whose weights chat.py gets: that with the lowest val. With pairs, val asks for
-        facts that are not in train, and rises while the model learns those that are: the latest
-        weights count. So they do before an evaluation that comes after step 0, where the model
-        knows nothing."""
+        """The step whose weights chat.py gets. It is the one with the lowest val; but that of step
+        0 does not count, as the model knew nothing then, and until there is another one it is the
+        latest step. For pairs it is always the latest: there, val asks for facts that are not in
+        train, so it rises while the model learns."""
         vals = {step: losses["val"] for step, losses in self.losses.items() if step > 0}
         if kind_of(self.config.data) == "pairs" or not vals:
             return self.step
         return min(vals, key=vals.get)
 
     def save(self):
-        """Saves all that the run needs to carry on. Weights that are no longer numbers would spoil
-        the file for good: ValueError."""
+        """Saves all that the run needs to carry on."""
+        self.check_weights()
         weights = self.model.state_dict()
         kept = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
-        for tensor in weights.values():
-            if not tensor.isfinite().all():
-                raise ValueError(f"step {self.step}: some weights are no longer numbers, so "
-                                 "nothing was saved: lower --learning_rate")
         if self.best_step() == self.step:
             # A copy, since the next step changes the weights in their place.
             self.best = {name: tensor.clone() for name, tensor in weights.items()}
@@ -1213,6 +1246,8 @@ def train(**settings):
     ValueError, OSError or MemoryError for a user's mistake, in one line."""
     join_processes()
     config, saved, stamp = choose_settings(settings)
+    if saved:
+        refuse_contradictions(settings, config, saved, stamp)
     if config.grad_accum % WORLD:
         raise ValueError(f"grad_accum {config.grad_accum} must be divisible by {WORLD} processes")
     try:
@@ -1228,10 +1263,12 @@ def train(**settings):
 
 
 def do_steps(run):
-    """The loop. A bar counts characters; disable=None hides it where there is no terminal."""
+    """The loop, with a bar that counts characters. Asked to stop, it saves after the step."""
     config = run.config
     characters = config.batch_size * config.grad_accum * config.block_size  # of a step
-    hidden = True if RANK > 0 else None
+    hidden = None  # tqdm then hides the bar where there is no terminal
+    if RANK > 0:
+        hidden = True
     bar = tqdm(total=config.max_iters, initial=run.step, unit="char", unit_scale=characters,
                disable=hidden)
     while run.step < config.max_iters and not STOP:
@@ -1307,7 +1344,7 @@ def measure(config, data, vocab_size):
     for step in range(6):
         start = time.perf_counter()
         loss = training_step(fast_model, optimizers, batches, config, step)
-        loss.item()  # waits for the GPU
+        loss.item()  # a GPU works on while Python goes on: to ask for the number is to wait
         seconds.append(time.perf_counter() - start)
     characters = config.batch_size * config.grad_accum * config.block_size
     return characters / min(seconds)
@@ -1335,9 +1372,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def open_streams():
-    """A stream that was closed (gpt.py >&-) is None in Python, and a terminal without UTF-8 cannot
-    show all characters. What is printed goes nowhere then, or shows "?". A log grows line by line.
-    (A notebook's streams have no reconfigure, and need none.)"""
+    """Output that the shell has closed is None in Python: here it becomes a file that forgets all.
+    A terminal without UTF-8 cannot show all characters: it shows "?" instead. A log grows line by
+    line. (A notebook's streams have no reconfigure, and need none.)"""
     for name in ("stdin", "stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:

@@ -53,12 +53,13 @@ def read_tar(name, file, not_read):
                 yield inner, tar.fileobj.read(member.size)  # faster than extractfile
             else:
                 not_read[kind] += 1
-        # A tar ends with two blocks of 512 zeros. tarfile has stopped at one, or at damage, which
-        # looks the same from here: the other one tells.
+        # A tar ends with two blocks of 512 zeros. tarfile stops at the first one, but also at
+        # damage, and does not say which. So this looks for the second one.
         if tar.fileobj.read(512) != bytes(512):
             raise EOFError("the end is missing")
+        # xz and gzip check at their end whether all was whole, so it is read to the end.
         while tar.fileobj.read(2**20):
-            pass  # what packs a tar knows only at its own end that it was whole
+            pass
     except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
         raise ValueError(f"{name}: damaged: {error}")
 
@@ -112,13 +113,13 @@ def read_documents(name, content, not_read):
         if "\0" in text:
             not_read["documents with a NUL"] += 1
             return
-        not_read["bytes that are not UTF-8"] += text.count(gpt.UNK) - content.count(UNK_BYTES)
+        # Bytes that are not UTF-8 have become UNK. Those that were UNK before do not count.
+        bad = text.count(gpt.UNK) - content.count(gpt.UNK.encode())
+        if bad > 0:
+            not_read["bytes that are not UTF-8"] += bad
         yield gpt.clean(text) + gpt.END
     else:
         yield from unpack(name, content, not_read)
-
-
-UNK_BYTES = gpt.UNK.encode()
 
 
 def unpack(name, content, not_read):
@@ -144,7 +145,9 @@ def batches(files, flags, moved, not_read):
     size = 0
     for path in files:
         for name, content in read_source(path, moved, not_read):
-            if random.Random(f"{flags.seed} {name}").random() >= flags.sample:
+            # A number from 0 to 1 that follows from seed and name: each file has its own.
+            draw = random.Random(f"{flags.seed} {name}").random()
+            if draw >= flags.sample:
                 continue
             batch.append((name, content))
             size += len(content)
@@ -197,7 +200,7 @@ def first_pass(files, folder, flags, pool):
     counts = Counter()
     not_read = Counter()
     texts = []
-    waiting = deque()  # what the workers are at, in order
+    waiting = deque()  # (path, future) in order; a future is a result that a worker still owes
     size = sum(path.stat().st_size for path in files)
     bar = tqdm(total=size, unit="B", unit_scale=True, desc="texts", disable=None)
 
@@ -240,10 +243,10 @@ def split(folder, tokenizer, val_fraction):
     ids = np.memmap(folder / "train.bin", "<u2", "r")
     total = len(ids)
     cut = int((1 - val_fraction) * total)
-    before = ids[max(0, cut - 2**24) : cut]
-    ends = np.flatnonzero(before == tokenizer.end)
+    start = max(0, cut - 2**24)
+    ends = np.flatnonzero(ids[start:cut] == tokenizer.end)
     if len(ends) > 0:
-        cut -= len(before) - 1 - int(ends[-1])
+        cut = start + int(ends[-1]) + 1  # right behind the last END
     ids[cut:].tofile(folder / "val.bin")
     del ids  # Windows does not shorten a file while an array looks into it
     os.truncate(folder / "train.bin", 2 * cut)
@@ -257,7 +260,7 @@ def prepare(files, folder, flags):
         kept = [char for char in counts if counts[char] >= flags.min_count]
         if counts[gpt.END] == 0:
             raise ValueError(f"no documents in these sources; not read: {as_words(not_read)}")
-        if set(kept) <= {gpt.END, gpt.UNK}:
+        if not set(kept) - {gpt.END, gpt.UNK}:
             raise ValueError(f"--min_count {flags.min_count} leaves no characters")
         tokenizer = gpt.CharTokenizer(kept)
         second_pass(texts, tokenizer, folder, pool)
@@ -267,15 +270,16 @@ def prepare(files, folder, flags):
     known = sum(counts[char] for char in tokenizer.chars if char != gpt.UNK)
     corpus = dict(documents=counts[gpt.END], characters=counts.total() - counts[gpt.END],
                   unknown=counts.total() - known, vocabulary=tokenizer.vocab_size,
-                  train=train, val=val, checksum=zlib.crc32(vocabulary), not_read=+not_read)
+                  train=train, val=val, checksum=zlib.crc32(vocabulary), not_read=not_read)
     (folder / "corpus.json").write_text(json.dumps(corpus), "utf-8")
     return corpus
 
 
 def start_worker():
-    """A worker leaves Ctrl-C to its parent, and ends when that is gone, even if it was killed."""
+    """A worker leaves Ctrl-C to its parent, and ends when that is gone, even if it was killed: a
+    thread beside its work waits for that."""
     def end_with_parent():
-        multiprocessing.parent_process().join()  # waits until it is gone
+        multiprocessing.parent_process().join()
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()

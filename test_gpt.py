@@ -38,11 +38,13 @@ def a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(gpt, "sample", lambda model, tokenizer, length: SAMPLE(model, tokenizer, 3))
     Path("book.txt").write_text(TEXT, encoding="utf-8")
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
     signal.signal(signal.SIGALRM, too_long)
     signal.alarm(180)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGHUP, hang_up)
     gpt.STOP.clear()
 
 
@@ -1338,7 +1340,7 @@ MISTAKES = [
     ("--init_from nothing.pkl", "nothing.pkl"), ("--data nothing.txt", "nothing.txt"),
     ("--data empty.txt", "empty.txt"), ("--data empty.jsonl", "empty.jsonl"),
     ("--data one.jsonl", "one.jsonl"), ("--data bad.jsonl", "bad.jsonl, line 4"),
-    ("--data keys.jsonl", "keys.jsonl, line 1: .* the keys question, answer"),
+    ("--data keys.jsonl", "keys.jsonl, line 1:.*keys here are question, answer"),
     ("--data list.jsonl", "list.jsonl, line 1"), ("--data number.jsonl", "number.jsonl, line 1"),
     ("--data deep.jsonl", "deep.jsonl, line 1"), ("--data latin.txt", "latin.txt, line 1"),
     ("--data folder", "folder: neither .txt files nor"),
@@ -1359,7 +1361,7 @@ def bad_files():
 
 
 @pytest.mark.parametrize("words, named", MISTAKES)
-def test_a_mistake_is_one_line_and_exit_status_2(words, named, bad_files, capsys):
+def test_a_mistake_is_one_line_and_exit_status_2(words, named, bad_files):
     assert_refused(gpt.main, [*flags(), *words.split()], *named.split(".*"))
 
 
@@ -1953,10 +1955,6 @@ def test_in_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(terminal):
     wait_for(r"never seen: 1\).{50}", terminal)  # an answer is under way
     os.write(terminal, b"\x03")  # Ctrl-C; its ^C may come before the line end, or after
     wait_for("> ", terminal)
-    os.write(terminal, b"dog")
-    wait_for("dog", terminal)
-    os.write(terminal, b"\x03")  # with no answer under way, it takes back what is being typed
-    wait_for("> ", terminal)
     os.write(terminal, b"/clear\n")
     wait_for("\n> ", terminal)
     os.write(terminal, b"\x04")  # Ctrl-D
@@ -1974,7 +1972,7 @@ def test_in_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(terminal):
 
 # Half a question would not tell which of the last two answers is right.
 ANSWERS = {**PAIRS, "cat on a mat": "the cat", "dog on a mat": "the dog"}
-FINE_TUNE = ("--init_from base.pkl --data pairs.jsonl --device cpu --max_iters 300 "
+FINE_TUNE = ("--init_from base.pkl --data pairs.jsonl --device cpu --max_iters 600 "
              "--learning_rate 5e-3 --dropout 0 --batch_size 16").split()
 
 
@@ -2216,9 +2214,10 @@ def test_ctrl_c_while_a_model_is_loaded_ends_without_a_traceback(base, monkeypat
 
 ODD = [re.sub(f"[\r\0{END}\ufeff]", "", random_text(seed, 3000)) for seed in range(13)]
 DOCUMENTS = ["one\r\ntwo\rthree\r\r\nfour", "日本語 😀 e\u0301", b"bad \xff\xe2\x82 end",
-             f"an {END}, a {UNK}", "\ufeffmark\ufeff", "UTF-16, é".encode("utf-16"), b"a NUL \0", "", *ODD]
-CLEANED = ["one\ntwo\nthree\nfour", "日本語 😀 e\u0301", f"bad {UNK}{UNK} end", f"an {UNK}, a {UNK}",
-           "mark\ufeff", "UTF-16, é", "", *ODD]
+             f"an {END}, a {UNK}", "\ufeffmark\ufeff", "UTF-16, é".encode("utf-16"),
+             b"a NUL \0", "", *ODD]
+CLEANED = ["one\ntwo\nthree\nfour", "日本語 😀 e\u0301", f"bad {UNK}{UNK} end",
+           f"an {UNK}, a {UNK}", "mark\ufeff", "UTF-16, é", "", *ODD]
 NOT_READ = {"documents with a NUL": 1, "bytes that are not UTF-8": 2}
 
 
@@ -2251,6 +2250,8 @@ def owt(documents, per_shard=7):
 
 
 WHOLE = tar(owt(DOCUMENTS))
+# More than bzip2 checks at once, and more than a worker gets at once.
+NOISE = random.Random(0).randbytes(1_200_000).hex()
 
 
 def prepare(*words):
@@ -2446,7 +2447,6 @@ for length in (10, 20, len(SHARD) // 2, len(SHARD) - 1):
 for place in (512, 512 + len(SHARD) // 2, 1024 + len(SHARD) // 512 * 512):
     flipped = bytes([WHOLE[place] ^ 255])
     DAMAGED.append(("flipped.tar", WHOLE[:place] + flipped + WHOLE[place + 1 :]))
-NOISE = random.Random(0).randbytes(1_000_000).hex()  # more than bzip2 checks at once
 for ending in ("gz", "bz2"):
     packed = tar(texts(["x", NOISE]), f"w:{ending}")
     late = len(packed) * 3 // 4
@@ -2492,11 +2492,11 @@ def test_a_prepared_folder_whose_files_do_not_belong_together_is_refused(damage,
 @pytest.fixture
 def preparing(out):
     """A process of prepare_owt.py with one worker, which has begun to write."""
-    shard = owt(["x" * 5_000_000])[0][1]
-    Path("a.tar").write_bytes(tar([(f"{number}_data.xz", shard) for number in range(300)]))
+    shard = lzma.compress(NOISE.encode(), preset=0)
+    Path("a.tar").write_bytes(tar([(f"{number}_data.xz", shard) for number in range(60)]))
     process = subprocess.Popen(
         [sys.executable, HERE / "prepare_owt.py", "a.tar", "--out", "out", "--workers", "1"],
-        stderr=subprocess.PIPE, start_new_session=True)
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_until(lambda: list(Path().glob("out.*.tmp/new/0.text")))
     yield process
     process.kill()
@@ -2530,7 +2530,7 @@ def test_a_killed_preparation_leaves_the_older_corpus_and_no_process(preparing):
 def test_ctrl_c_ends_a_preparation_quietly_with_nothing_left(preparing):
     for worker in workers_of(preparing):
         os.kill(worker, signal.SIGINT)  # a terminal tells them, too: they leave it to the parent
-    wait_until(lambda: preparing.poll() or len(list(Path().glob("out.*.tmp/new/*"))) > 10)
+    wait_until(lambda: list(Path().glob("out.*.tmp/new/9.text")) or preparing.poll() is not None)
     assert preparing.poll() is None
     preparing.send_signal(signal.SIGINT)
     _, errors = preparing.communicate(timeout=60)
