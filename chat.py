@@ -110,14 +110,14 @@ class Chat:
         return lines
 
     def name(self, id):
-        """A character in a form that one can see, five wide: a space is ' '."""
+        """A character in a form that one can see, six wide: a space is ' '."""
         char = self.tokenizer.chars[id]
         name = repr(char)  # which writes a line end as '\n'
         if char == gpt.END:
             name = "END"
         if char == gpt.UNK:
             name = "UNK"
-        return f"{name:5}"
+        return f"{name:6}"
 
     def bar(self, share):
         """A share as a bar, ten wide."""

@@ -134,9 +134,11 @@ def get_batch(data, config, starts):
     Ids are int64, which the loss asks for. Types must agree: an error about Long and Float says
     that integers met decimal numbers. If shapes do not fit, print(x.shape) is the first thing to
     try.
-    starts: B places, an array. With T = 2, starts 5 and 9 read the places 5, 6, 7 and 9, 10, 11."""
-    offsets = np.arange(config.block_size + 1)  # 0, 1 ... T
-    places = starts[:, None] + offsets          # a column plus a row gives a table: (B, T + 1)
+    starts: B places, an array."""
+    # With T = 2, starts 5 and 9 read the places 5, 6, 7 and 9, 10, 11: a column of starts plus the
+    # row 0, 1, 2 makes this table, with a row for each text.
+    offsets = np.arange(config.block_size + 1)
+    places = starts[:, None] + offsets          # (B, 1) + (T + 1,) -> (B, T + 1)
     ids = data[places].astype(np.int64)         # the id at each place; only these are read
     blocks = torch.from_numpy(ids)
     if config.device == "cuda":                 # pinned memory: the GPU fetches it by itself, while
@@ -167,7 +169,7 @@ class Head(nn.Module):
         scores = q @ k.transpose(-2, -1)                          # (B, H, T, T)
         # A sum of D products grows like sqrt(D), as plus and minus partly cancel (100 coin tosses,
         # +1 or -1 each, sum up to some 10, not 100). With large scores softmax picks one winner,
-        # and the others' shares and gradients are near 0.
+        # and whatever the others have to say is lost.
         scores = scores / math.sqrt(D)
         # Position t sees positions 0 to t, the lower triangle: the rest is the future, which the
         # model is to predict. (The course keeps this constant mask in a register_buffer, a tensor
@@ -213,8 +215,8 @@ class MultiHeadAttention(nn.Module):
         q = q.view(B, T, H, D).transpose(1, 2)       # (B, T, C) -> (B, T, H, D) -> (B, H, T, D)
         k = k.view(B, T, H, D).transpose(1, 2)
         v = v.view(B, T, H, D).transpose(1, 2)
-        # In generation, x is only what is new. cache keeps the keys and values of the characters
-        # before, for each of these modules: {module: (keys, values)}. stream says why it may.
+        # When the model writes, x is only the newest character. The keys and values of those before
+        # it were computed already: cache, {module: (keys, values)}, kept them. (See GPT.stream.)
         if cache is not None:
             if self in cache:
                 old_k, old_v = cache[self]
@@ -230,7 +232,7 @@ class FeedForward(nn.Sequential):
     """Linear, ReLU, Linear: each character thinks about what it has seen. (B, T, C) -> (B, T, C),
     with 4 C in between, as is custom. A Sequential runs its modules in turn: that is its forward.
     ReLU makes negative numbers 0; without it, two linear maps would be one, since A(Bx) = (AB)x.
-    (Sigmoid and tanh bend too, but are flat for large inputs, where gradients are near 0.) Dropout
+    (Sigmoid and tanh bend too, but are flat for large inputs, where little can be learned.) Dropout
     turns off random activations (numbers between layers) in training: none can rely on another."""
 
     def __init__(self, config):
@@ -242,12 +244,12 @@ class FeedForward(nn.Sequential):
 
 class Block(nn.Module):
     """Attention, then feed-forward: one layer of the model. (B, T, C) -> (B, T, C).
-    Each result is added to its input: this residual keeps what was known, and is a short way from
-    the loss back to the first layers when the model learns. A norm follows each sum: it brings each
-    character's C numbers to mean 0 and variance 1, so that they keep one scale from layer to layer,
-    and then to a scale and shift that are learned. This order is post-norm, as in the course. GPT-2
-    uses pre-norm, x + sublayer(norm(x)), where no norm stands in that way; with post-norm, training
-    has to begin with small steps (see learning_rate).
+    Each result is added to its input. This is called a residual: what was known is kept, and each
+    layer only adds to it, which also lets the first layers learn sooner. A norm follows each sum:
+    it brings each character's C numbers to mean 0 and variance 1, so that they keep one scale from
+    layer to layer, and then to a scale and shift that are learned. This order is post-norm, as in
+    the course. GPT-2 uses pre-norm, x + sublayer(norm(x)), which is easier to train; with
+    post-norm, training has to begin with small steps (see learning_rate).
     The first Transformer was a translator: an encoder read one language, a decoder wrote the other
     and also looked at what the encoder had read (cross-attention). This is the decoder alone."""
 
@@ -308,7 +310,7 @@ class GPT(nn.Module):
         loss = nn.functional.cross_entropy(scores, targets.flatten())
         return logits, loss
 
-    @torch.no_grad()  # gradients are for learning only
+    @torch.inference_mode()  # keeps nothing that only learning needs
     def stream(self, index, max_new_tokens, temperature=1.0, top_k=None):
         """Continues index, int64 (B, T) with T >= 1, by one new character at a time, (B, 1): yield
         hands it out, and goes on from there when the next one is asked for.
@@ -316,10 +318,10 @@ class GPT(nn.Module):
         cache keeps the keys and values of what was read, so that only the newest character has to
         be read. They stay right, because each character sees only those before it, in every layer:
         what comes later changes nothing in what an earlier one knows.
-        The model sees block_size characters. When there are more, say 9 instead of 8, only the
-        last 4 are kept. These move from positions 5 to 8 to positions 0 to 3. A key is made from
-        character and position, so those in the cache are wrong now, and the 4 are read again, into
-        an empty cache. That happens once in half a block, however long the text is."""
+        The model sees block_size characters. When there is one too many, only the last half is
+        kept, and its first character now stands at position 0. A key is made from a character and
+        its position, so those in the cache are wrong now: the half is read again, into an empty
+        cache. That happens once in half a block, however long the text is."""
         index = index[:, -self.config.block_size:]              # crop to what the model can see
         cache = {}
         start = 0                                               # position of the first one to read
@@ -695,8 +697,8 @@ def defaults_for(device):
 def choose_settings(given):
     """A setting that was given beats the checkpoint, the checkpoint beats what suits the device,
     and that beats Config. Takes {name: value} and returns (config, saved, stamp). saved is what the
-    checkpoint holds, or {}. stamp is that of the file out, and says that this run carries on with
-    it; None for a new run (see stamp_of)."""
+    checkpoint holds, or {}. stamp tells one state of the file out from the next (see stamp_of): if
+    there is one, this run carries on with that file, and if it is None, the run is new."""
     config = Config(**given)  # a first one, to know which device and files are meant
     # book.txt gives book.pkl. abspath finds a name for "." too; a link is named as it was typed.
     out = config.out or Path(os.path.abspath(config.data or "model")).stem + ".pkl"
@@ -932,9 +934,10 @@ def build(config, vocab_size):
     same weights, so whoever trains it trains the model; and it is the model itself where nothing
     is compiled. On a GPU, a step is hundreds of small computations, and to start them one by one
     from Python takes longer than they do. A CUDA graph records them once and then starts all of
-    them together: the compiler's mode reduce-overhead. Its results lie in the same memory each
-    time, so that of a second batch the gradients would overwrite those of the first instead of
-    adding up. Steps of several batches use the default mode."""
+    them together: the compiler's mode reduce-overhead. It writes its
+    results to the same place in memory each time. So the gradients of a second batch would replace
+    those of the first, where they should be added: for steps of several batches, there is the
+    compiler's default mode."""
     prepare_device(config)
     torch.manual_seed(config.seed)
     model = GPT(config, vocab_size).to(config.device)
@@ -951,10 +954,11 @@ def build(config, vocab_size):
 
 
 class OrderedLookup(torch.autograd.Function):
-    """Rows of an embedding, as nn.Embedding looks them up, with gradients that do not depend on
-    chance. The gradient of a row is the sum of what arrives from all places of its character.
-    A matrix product adds them up in a fixed order: is_row has a 1 where an id is that of the row.
-    index: ids, (B, T); weight: (V, C) -> (B, T, C)."""
+    """What nn.Embedding does, with gradients that do not depend on chance (see make_exact, below).
+    A Function tells PyTorch how to compute something (forward) and its gradients (backward);
+    context carries what the second needs from the first. index: ids, (B, T); weight: (V, C).
+    Each place of a text used one row of weight, so the gradient of a row is the sum of those of its
+    places. A product with a table of 0 and 1 is that sum, in a fixed order."""
 
     @staticmethod
     def forward(context, index, weight):
@@ -966,9 +970,9 @@ class OrderedLookup(torch.autograd.Function):
     def backward(context, gradient):
         index, = context.saved_tensors
         rows = torch.arange(context.vocab_size, device=index.device)
-        is_row = rows[:, None] == index.flatten()       # (V, 1) and (B*T,) give (V, B*T)
+        used = rows[:, None] == index.flatten()         # (V, B*T): did this place use this row?
         gradient = gradient.flatten(0, 1)               # (B*T, C)
-        return None, is_row.to(gradient.dtype) @ gradient
+        return None, used.to(gradient.dtype) @ gradient  # ids have no gradient, rows (V, C) do
 
 
 def make_exact(model):
@@ -984,9 +988,10 @@ def make_exact(model):
 
 def make_muon(model, config):
     """Returns the matrices left to AdamW, and [Muon] for those of the blocks (Jordan 2024).
-    A matrix of gradients is a sum of patterns, of which a few are large and most small. Muon gives
-    all of them about the same size before it moves the weights, so that the small ones are learned
-    as well. match_rms_adamw makes its steps as large as AdamW's: one learning rate serves both."""
+    Any matrix is a sum of simple ones, each a column times a row, and in gradients a few of these
+    are far larger than the rest. Muon brings all of them to about the same size before it moves the
+    weights, so that the rest is learned as well. match_rms_adamw makes its steps as large as
+    AdamW's: one learning rate serves both."""
     inside = [p for p in model.blocks.parameters() if p.ndim == 2]
     taken = set(inside)
     outside = [p for p in model.parameters() if p.ndim >= 2 and p not in taken]

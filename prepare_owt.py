@@ -91,7 +91,7 @@ def read_source(path, moved, not_read):
     kind = kind_of(path.name)
     if kind == "txt":
         for piece in read_long_text(path):
-            moved(len(piece))
+            moved(len(piece.encode()))
             yield str(path), piece
     elif kind == "xz":
         yield str(path), path.read_bytes()
@@ -132,10 +132,12 @@ def unpack(name, content, not_read):
     if tarfile.is_tarfile(io.BytesIO(content)):
         for member, data in read_tar(inner, io.BytesIO(content), not_read):
             yield from read_documents(member, data, not_read)
+    elif kind_of(inner) == "xz":
+        yield from unpack(inner, content, not_read)
+    elif b"\0" in content and gpt.encoding_of(content) != "utf-16":
+        raise ValueError(f"{name}: damaged: it holds neither a tar nor a text")
     else:
-        if kind_of(inner) != "xz":
-            inner += ".txt"
-        yield from read_documents(inner, content, not_read)
+        yield from read_documents(f"{inner}.txt", content, not_read)
 
 
 # -------------------------------- two passes ----------------------------------------------------
@@ -255,15 +257,18 @@ def split(folder, tokenizer, val_fraction):
 
 def prepare(files, folder, flags):
     """Fills an empty folder; returns what its corpus.json says. ValueError names a bad source."""
-    with ProcessPoolExecutor(flags.workers, initializer=start_worker) as pool:
+    pool = ProcessPoolExecutor(flags.workers, initializer=start_worker)
+    try:
         texts, counts, not_read = first_pass(files, folder, flags, pool)
-        kept = [char for char in counts if counts[char] >= flags.min_count]
         if counts[gpt.END] == 0:
             raise ValueError(f"no documents in these sources; not read: {as_words(not_read)}")
+        kept = [char for char in counts if counts[char] >= flags.min_count]
         if not set(kept) - {gpt.END, gpt.UNK}:
             raise ValueError(f"--min_count {flags.min_count} leaves no characters")
         tokenizer = gpt.CharTokenizer(kept)
         second_pass(texts, tokenizer, folder, pool)
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an error, what still waits is not done any more
     train, val = split(folder, tokenizer, flags.val_fraction)
     vocabulary = json.dumps(list(tokenizer.chars)).encode()
     (folder / "vocab.json").write_bytes(vocabulary)

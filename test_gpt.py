@@ -1262,6 +1262,9 @@ OF_THE_MODEL = [
     (("losses",), [1]),
     (("losses",), {0: {"train": 1.0}}),
     (("losses",), {0: {"train": 1.0, "val": "x"}}),
+    (("losses",), {"x": {"train": 1.0, "val": 1.0}}),
+    (("best", "tokens.weight"), torch.zeros(17, 16).to_sparse()),
+    (("model", "lm_head.bias"), torch.full((17,), math.nan)),
     (("config", "n_head"), "x"),
     (("config", "x"), 1),
     (("config", "n_embd"), 2**30),
@@ -1275,6 +1278,7 @@ OF_THE_OPTIMIZER = [
     (("optimizer", 0, 0, "exp_avg"), 1.0),
     (("optimizer", 0, 0, "exp_avg"), torch.tensor(0.0)),
     (("optimizer", 0, 0, "exp_avg"), torch.zeros(1, 1)),
+    (("optimizer", 0, 0, "exp_avg"), torch.zeros(17, 16).to_sparse()),
     (("optimizer", 0, 0, "step"), torch.zeros(0)),
 ]
 NO_CHECKPOINTS = [b"", b"x" * 5000, TEXT.encode(), pickle.dumps(Bomb()), pickle.dumps({})]
@@ -1312,7 +1316,7 @@ NUMBER_OF_DAMAGED = len(OF_THE_MODEL) + len(NO_CHECKPOINTS) + len(CUT_OFF) + 1
 
 
 @pytest.mark.parametrize("number", range(NUMBER_OF_DAMAGED))
-def test_somebody_elses_file_is_refused_in_one_line_and_nothing_of_it_runs(number, damaged,
+def test_a_strangers_file_is_refused_in_one_line_and_nothing_of_it_runs(number, damaged,
                                                                             recwarn):
     Path("bad.pkl").write_bytes(damaged[number])
     message = "bad.pkl is no checkpoint of gpt.py, or it is damaged"
@@ -1341,6 +1345,7 @@ MISTAKES = [
     ("--data empty.txt", "empty.txt"), ("--data empty.jsonl", "empty.jsonl"),
     ("--data one.jsonl", "one.jsonl"), ("--data bad.jsonl", "bad.jsonl, line 4"),
     ("--data keys.jsonl", "keys.jsonl, line 1:.*keys here are question, answer"),
+    ("--data nul.jsonl", "nul.jsonl, line 1"),
     ("--data list.jsonl", "list.jsonl, line 1"), ("--data number.jsonl", "number.jsonl, line 1"),
     ("--data deep.jsonl", "deep.jsonl, line 1"), ("--data latin.txt", "latin.txt, line 1"),
     ("--data folder", "folder: neither .txt files nor"),
@@ -1348,6 +1353,7 @@ MISTAKES = [
 BAD_FILES = {
     "empty.txt": "", "empty.jsonl": "\n", "one.jsonl": pair("a", "b"),
     "bad.jsonl": pair("a", "b") * 2 + "\n{", "keys.jsonl": '{"question": "a", "answer": "b"}',
+    "nul.jsonl": pair("a\0", "b"),
     "list.jsonl": "[1]\n", "number.jsonl": '{"prompt": 1, "completion": 2}',
     "deep.jsonl": "[" * 100_000, "latin.txt": "\udce9", "folder/train.bin": "",
 }
@@ -2444,6 +2450,8 @@ for length in (10, 20, len(SHARD) // 2, len(SHARD) - 1):
     DAMAGED.append(("cut_data.xz", SHARD[:length]))
     DAMAGED.append(("cut.tar.xz", lzma.compress(WHOLE)[: 10 * length]))
     DAMAGED.append(("shard_in.tar", tar([("good.txt", "x"), ("bad_data.xz", SHARD[:length])])))
+HEADLESS = b"?" + tar(texts(["x"]))[1:]  # its first header is not one
+DAMAGED.append(("headless_data.xz", lzma.compress(HEADLESS)))
 for place in (512, 512 + len(SHARD) // 2, 1024 + len(SHARD) // 512 * 512):
     flipped = bytes([WHOLE[place] ^ 255])
     DAMAGED.append(("flipped.tar", WHOLE[:place] + flipped + WHOLE[place + 1 :]))
