@@ -112,8 +112,9 @@ def load_data(config, chars=""):
     if kind_of(config.data) == "prepared folder":
         splits, tokenizer = open_prepared(config.data)           # in part two
     else:
-        documents = read_documents(config.data)                  # in part two: a list of texts
-        text = "".join(document + END for document in documents)
+        texts = read_documents(config.data)                      # in part two: a list of them
+        text = "".join(document + END for document in texts)
+        del texts                                                # they may take much memory
         tokenizer = CharTokenizer(chars or text)
         ids = tokenizer.encode(text)
         report_unknown(text, ids, tokenizer)                     # in part two

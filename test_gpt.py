@@ -1605,7 +1605,8 @@ class Card:
         self.emptied = 0
         self.to = torch.Tensor.to
         answers = dict(is_available=True, device_count=1, get_device_name="a fake card",
-                       is_bf16_supported=True, max_memory_allocated=2**29, set_device=None)
+                       is_bf16_supported=True, max_memory_allocated=2**29, set_device=None,
+                       is_current_stream_capturing=False)
         for name, answer in answers.items():
             monkeypatch.setattr(torch.cuda, name, Mock(return_value=answer))
         monkeypatch.setattr(torch.cuda, "empty_cache", self.empty)
