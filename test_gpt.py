@@ -2129,6 +2129,14 @@ def test_why_explains_the_last_characters_that_the_model_sees(base_chat, monkeyp
     assert [name for name, *_ in read_why(lines[-7:])] == [as_named(char) for char in seen[1:]]
 
 
+def test_why_explains_a_dozen_characters():
+    tokenizer = CharTokenizer(TEXT)
+    talk = chat.Chat(tiny_model(tokenizer.vocab_size, block_size=32), tokenizer)
+    talk.read(TEXT[:40])
+    lines = talk.why()
+    assert [name for name, *_ in read_why(lines)] == [as_named(char) for char in TEXT[28:40]]
+
+
 @pytest.fixture(params=["fast product", "slow product"])
 def product(request, monkeypatch):
     """A test runs twice: with PyTorch's product for 8 bits, and as if it had none."""
