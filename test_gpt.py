@@ -1872,7 +1872,7 @@ def test_a_prompt_is_cleaned_as_the_corpus_was(base_chat):
 def test_an_answer_is_streamed_a_character_at_a_time(base_chat):
     answer = base_chat.answer("the")
     char = next(answer)
-    assert spoken(base_chat) == f"the{char}"
+    assert spoken(base_chat).replace(END, "\n") == f"the{char}"
 
 
 def test_a_base_model_reads_the_whole_conversation(base_chat):
