@@ -800,6 +800,16 @@ def test_one_watches_it_learn_on_one_line_an_evaluation(monkeypatch, capsys):
     assert re.search(r"losses  last \d\.\d{4}, best \d\.\d{4}   █.▁", output)
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_has_a_bar_with_loss_and_speed_and_a_log_has_none(is_terminal, monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: is_terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    gpt.train(**dict(TINY, max_iters=20))
+    for shown in ("loss=", "char/s"):
+        assert (shown in stream.getvalue()) == is_terminal
+
+
 def test_what_is_shown_is_printable():
     tokenizer = CharTokenizer("\x1b\x9b\r\u202e\u2066\ud800")
     text = SAMPLE(tiny_model(tokenizer.vocab_size), tokenizer, 100)
