@@ -39,17 +39,15 @@ class Chat:
         if len(ids) > self.config.block_size:
             seen = f"the last {self.config.block_size} characters at most"
             print(f"(too long: the model sees {seen})", file=sys.stderr)
-        if self.answers or not self.context() + ids:
+        nothing_yet = len(self.context()) == 0 and len(ids) == 0
+        if self.answers or nothing_yet:
             ids.insert(0, self.tokenizer.end)  # a text begins after an END
         self.turns.append(ids)
         # An answer has room if what is read before it fills at most half of what the model sees.
         # Whole turns are dropped for that: half a question would get a wrong answer.
-        while self.answers and len(self.turns) > 1 and len(self.context()) > self.room():
+        half = self.config.block_size // 2
+        while self.answers and len(self.turns) > 1 and len(self.context()) > half:
             del self.turns[0]
-
-    def room(self):
-        """How many characters of a conversation are read before an answer."""
-        return self.config.block_size // 2
 
     def context(self):
         """The conversation as the model reads it: all token ids."""

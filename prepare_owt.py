@@ -304,7 +304,7 @@ def find_files(sources):
         if source.is_dir():
             files += sorted(path for path in source.rglob("*") if path.is_file())
         else:
-            source.stat()
+            source.stat()  # fails if it is missing
             files.append(source)
     return files
 
