@@ -79,7 +79,7 @@ class Chat:
                 count += 1
         except KeyboardInterrupt:
             pass
-        print(flush=True)
+        print()
         if stats:
             rate = count / (time.perf_counter() - start)
             print(f"({count} characters, {rate:,.0f} a second)", file=sys.stderr)
@@ -217,7 +217,8 @@ def make_parser():
     parser.add_argument("--max_new_tokens", type=int, default=500, help="longest answer (500)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is the likeliest (0.8)")
     parser.add_argument("--top_k", type=int, default=0, help="choose among k; 0 is all (0)")
-    parser.add_argument("--seed", type=int, default=time.time_ns(), help="same seed, same text")
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31,
+                        help="same seed, same text")
     parser.add_argument("--device", default=gpt.Config.device, help="cpu, cuda or mps")
     parser.add_argument("--stats", action="store_true", help="show characters a second")
     parser.add_argument("--int8", action="store_true", help="8 bits a weight")
@@ -226,9 +227,10 @@ def make_parser():
 
 def load(flags):
     """The chat that the flags ask for. ValueError or OSError for a user's mistake."""
-    for name, lowest in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0)):
-        if not lowest <= getattr(flags, name) < 2**31:
-            raise ValueError(f"--{name} must be from {lowest} to {2**31 - 1}")
+    for name, lowest in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
+        if not lowest <= getattr(flags, name) <= 2**31:
+            raise ValueError(f"--{name} must be from {lowest} to {2**31}")
+    torch.manual_seed(flags.seed)
     if not os.path.exists(flags.model):
         raise ValueError(f"{flags.model}: no such model; python gpt.py makes one")
     model, tokenizer = gpt.load_model(flags.model, flags.device)
@@ -244,7 +246,6 @@ def main(argv=None):
     """The command line."""
     parser = make_parser()
     flags = parser.parse_args(argv)
-    torch.manual_seed(flags.seed % 2**63)
     try:
         chat = load(flags)
         if flags.prompt is None:

@@ -405,6 +405,14 @@ def test_a_block_adds_and_then_norms():
     assert torch.allclose(block(x), block.norm2(middle + block.feedforward(middle)), atol=1e-6)
 
 
+def test_only_queries_keys_and_values_are_made_without_a_bias():
+    modules = tiny_model().named_modules()
+    linears = {name: module for name, module in modules if isinstance(module, torch.nn.Linear)}
+    without = [name for name, module in linears.items() if module.bias is None]
+    assert without == ["blocks.0.attention.qkv", "blocks.1.attention.qkv"]
+    assert len(linears) == 2 * 4 + 1
+
+
 def test_feedforward_is_linear_relu_linear_and_dropout():
     layers = [type(layer).__name__ for layer in tiny_model().blocks[0].feedforward]
     assert layers == ["Linear", "ReLU", "Linear", "Dropout"]
@@ -818,6 +826,18 @@ def test_what_is_shown_is_printable():
     assert gpt.printable("a\tb\né日😀\u200c") == "a\tb\né日😀\u200c"
 
 
+def test_what_a_run_shows_is_drawn_as_chat_draws(monkeypatch):
+    draw = Mock(wraps=gpt.draw)
+    monkeypatch.setattr(gpt, "draw", draw)
+    tokenizer = CharTokenizer(TEXT)
+    SAMPLE(tiny_model(tokenizer.vocab_size), tokenizer, 3)
+    flags = chat.make_parser().parse_args([])
+    for call in draw.call_args_list:
+        _, temperature, top_k = call.args
+        assert temperature == flags.temperature and not top_k
+    assert draw.call_count == 3
+
+
 def test_the_curve_of_losses_goes_from_the_lowest_to_the_highest_block():
     assert gpt.curve([8.0, 1.0, 4.0]) == "█▁▄"
     assert gpt.curve([2.0, 2.0]) == "▁▁"
@@ -826,7 +846,8 @@ def test_the_curve_of_losses_goes_from_the_lowest_to_the_highest_block():
 def test_the_share_of_pairs_longer_than_a_block_is_printed(capsys):
     Path("pairs.jsonl").write_text(pair("a", "b") * 5 + pair("abcdef", "b") * 4 + pair("a", "b"))
     gpt.train(**dict(TINY, data="pairs.jsonl", max_iters=0))  # with END, 9 do not fit into 8
-    assert "pairs.jsonl: pairs, " in (output := capsys.readouterr().out)
+    output = capsys.readouterr().out
+    assert "pairs.jsonl: pairs, " in output
     assert "40.0% of pairs longer than block_size" in output
 
 
@@ -834,6 +855,14 @@ def test_what_is_shown_leaves_the_run_as_it_was(monkeypatch):
     shown = train_tiny(out="shown.pkl", dropout=0.2)
     monkeypatch.setattr(gpt, "sample", lambda model, tokenizer, length: "")
     assert_same_run(shown, train_tiny(out="silent.pkl", dropout=0.2))
+
+
+def test_a_terminal_without_utf_8_shows_question_marks_and_gets_each_line_at_once(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    gpt.open_streams()
+    print("café")
+    assert stream.buffer.getvalue() == b"caf?\n"
 
 
 def test_a_notebooks_output_has_no_reconfigure_and_needs_none(monkeypatch):
@@ -1403,6 +1432,12 @@ def test_out_of_memory_is_one_line_with_advice_that_helps(error, trained, monkey
     assert_refused(gpt.main, words, "out of memory: try --batch_size 32 --grad_accum 6", advice)
     words = flags(max_iters=9, batch_size=1)
     assert_refused(gpt.main, words, f"out of memory: try {advice}")
+
+
+def test_too_little_memory_for_the_optimizer_is_not_taken_for_damage(trained, monkeypatch):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+    monkeypatch.setattr(gpt, "restore", Mock(side_effect=error))
+    assert_refused(gpt.main, flags(max_iters=9), "out of memory: try --batch_size 2")
 
 
 def test_a_text_or_checkpoint_larger_than_memory_is_one_line(trained, monkeypatch):
@@ -2204,7 +2239,7 @@ def test_with_8_bits_a_model_answers_the_same_from_a_quarter_of_the_memory(
     ("--model book.txt", "book.txt"),
     ("--model no.pkl", "no.pkl: no such model; python gpt.py makes one"),
     ("--temperature -1", "temperature"), ("--temperature nan", "temperature"),
-    ("--top_k -1", "top_k"),
+    ("--top_k -1", "top_k"), ("--seed -1", "seed"), (f"--seed {2**70}", "seed"),
     ("--max_new_tokens 0", "max_new_tokens"), ("--device tpu", "tpu"), ("--mod x", "--mod")])
 def test_a_mistake_in_chat_is_one_line_and_exit_status_2(words, named, base):
     assert_refused(chat.main, ["--prompt", "a", *words.split()], named)
