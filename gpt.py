@@ -935,10 +935,9 @@ def build(config, vocab_size):
     same weights, so whoever trains it trains the model; and it is the model itself where nothing
     is compiled. On a GPU, a step is hundreds of small computations, and to start them one by one
     from Python takes longer than they do. A CUDA graph records them once and then starts all of
-    them together: the compiler's mode reduce-overhead. It writes its
-    results to the same place in memory each time. So the gradients of a second batch would replace
-    those of the first, where they should be added: for steps of several batches, there is the
-    compiler's default mode."""
+    them together: the compiler's mode reduce-overhead. It writes its results to the same place in
+    memory each time. So the gradients of a second batch would replace those of the first, where
+    they should be added: for steps of several batches, there is the compiler's default mode."""
     prepare_device(config)
     torch.manual_seed(config.seed)
     model = GPT(config, vocab_size).to(config.device)

@@ -254,11 +254,13 @@ def test_the_default_corpus_needs_no_download():
     assert "statement" in text and END in text
 
 
-def test_the_advice_for_a_short_text_is_the_largest_block_that_fits():
-    Path("short.txt").write_text(TEXT[:50])
-    with pytest.raises(ValueError, match="short.txt: the val split has 6 .* --block_size 5$"):
+@pytest.mark.parametrize("length, of_val, largest", [(50, 6, 5), (19, 2, 1)])
+def test_the_advice_for_a_short_text_is_the_largest_block_that_fits(length, of_val, largest):
+    Path("short.txt").write_text(TEXT[:length])
+    advice = f"short.txt: the val split has {of_val} .* --block_size {largest}$"
+    with pytest.raises(ValueError, match=advice):
         gpt.load_data(tiny(data="short.txt"))
-    gpt.load_data(tiny(data="short.txt", block_size=5))
+    gpt.load_data(tiny(data="short.txt", block_size=largest))
 
 
 def test_characters_that_the_model_to_start_from_lacks_are_named(capsys):
