@@ -679,6 +679,11 @@ def check(config):
                 raise ValueError(f"{name} must be from {lowest} to {highest}, not {value}")
 
 
+def has_bfloat16():
+    """Whether the GPU computes in it. What only emulates it, in several steps, is slow."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def defaults_for(device):
     """A GPU can work on a larger model than a CPU, for which the values in Config are right."""
     if device != "cuda":
@@ -686,7 +691,7 @@ def defaults_for(device):
     settings = dict(batch_size=64, block_size=256, n_embd=384, n_head=8, n_layer=8, dropout=0.3,
                     weight_decay=0.5, learning_rate=2e-3, warmup_iters=200, max_iters=600,
                     eval_interval=100, eval_iters=20)
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+    if torch.cuda.is_available() and has_bfloat16():
         settings["dtype"] = "bfloat16"
     # What torch.compile writes for a GPU has to be built by a C compiler, which Windows rarely has.
     compilers = [os.environ.get("CC", "cc"), "gcc", "clang"]
@@ -921,7 +926,7 @@ def prepare_device(config):
         raise ValueError(f"process {LOCAL_RANK + 1} of this machine has no GPU: there are "
                          f"{torch.cuda.device_count()}, so lower --nproc_per_node")
     torch.cuda.set_device(LOCAL_RANK)
-    if config.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if config.dtype == "bfloat16" and not has_bfloat16():
         raise ValueError("dtype bfloat16: this GPU has none, so leave the flag out")
     torch.set_float32_matmul_precision("high")  # TF32: fewer digits, far faster
     # Of PyTorch's ways to compute attention, cuDNN's first prepares itself for each new length T,

@@ -846,8 +846,9 @@ def test_the_curve_of_losses_goes_from_the_lowest_to_the_highest_block():
 
 
 def test_the_share_of_pairs_longer_than_a_block_is_printed(capsys):
-    Path("pairs.jsonl").write_text(pair("a", "b") * 5 + pair("abcdef", "b") * 4 + pair("a", "b"))
-    gpt.train(**dict(TINY, data="pairs.jsonl", max_iters=0))  # with END, 9 do not fit into 8
+    lines = pair("abcde", "b") * 5 + pair("abcdef", "b") * 4 + pair("a", "b")
+    Path("pairs.jsonl").write_text(lines)
+    gpt.train(**dict(TINY, data="pairs.jsonl", max_iters=0))  # with END, 8, 9 and 4 characters
     output = capsys.readouterr().out
     assert "pairs.jsonl: pairs, " in output
     assert "40.0% of pairs longer than block_size" in output
@@ -1713,19 +1714,19 @@ def test_on_cuda_the_defaults_are_a_larger_model(bfloat16, dtype, compiler, comp
                                                  monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(gpt.shutil, "which", lambda name: compiler)
-    torch.cuda.is_bf16_supported.return_value = bfloat16
+    monkeypatch.setattr(gpt, "has_bfloat16", lambda: bfloat16)
     config, _, _ = gpt.choose_settings(dict(data="book.txt", device="cuda", n_layer=2))
     assert (config.n_embd, config.n_head, config.block_size) == (384, 8, 256)
     assert config.n_layer == 2  # what was given comes first
     assert (config.dtype, config.compile) == (dtype, compiled)
-    torch.cuda.is_bf16_supported.assert_called_with(including_emulation=False)
 
 
 def test_a_card_without_bfloat16_or_for_another_process_is_refused(card, monkeypatch):
     monkeypatch.setattr(gpt, "LOCAL_RANK", 1)
     assert_refused(gpt.main, flags(device="cuda"), "process 2", "lower --nproc_per_node")
     monkeypatch.setattr(gpt, "LOCAL_RANK", 0)
-    torch.cuda.is_bf16_supported.return_value = False
+    only_emulated = Mock(side_effect=lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", only_emulated)
     assert_refused(gpt.main, flags(device="cuda", dtype="bfloat16"), "bfloat16")
 
 
