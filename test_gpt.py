@@ -2498,6 +2498,33 @@ def test_both_passes_show_how_far_they_are(monkeypatch):
     assert len(bars) == 2
 
 
+class SlowPool:
+    """It does nothing before its result is asked for, and knows how much has waited at most."""
+
+    def __init__(self):
+        self.waiting = 0
+        self.most = 0
+
+    def submit(self, function, *arguments):
+        self.waiting += 1
+        self.most = max(self.most, self.waiting)
+        return Mock(result=lambda: self.finish(function, *arguments))
+
+    def finish(self, function, *arguments):
+        self.waiting -= 1
+        return function(*arguments)
+
+
+def test_memory_holds_two_batches_a_worker_however_long_the_text_is():
+    Path("long.txt").write_text("0123456789abcde\n" * 2**20)  # 16 batches of a megabyte
+    pool = SlowPool()
+    options = Mock(workers=2, sample=1.0, seed=0)
+    files, counts, _ = prepare_owt.first_pass([Path("long.txt")], Path(), options, pool)
+    assert pool.most == 5  # and the one that has just been read
+    assert pool.waiting == 0
+    assert len(files) >= 16 and counts.total() == 2**24 + 1
+
+
 # Where an archive can be damaged: cut anywhere, or with a byte changed.
 SHARD = owt(DOCUMENTS)[0][1]
 USED = len(WHOLE.rstrip(b"\0"))
