@@ -420,7 +420,7 @@ def learning_rate(step, config):
     warmup = min(config.warmup_iters, config.max_iters // 2)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, config.max_iters - warmup)  # from 0 to 1
+    progress = (step - warmup) / (config.max_iters - warmup)  # from 0 to 1
     factor = 0.55 + 0.45 * math.cos(math.pi * progress)
     return config.learning_rate * factor
 
@@ -1176,7 +1176,6 @@ class Run:
 
     def evaluate(self):
         """Estimates the losses and prints them, with a line that the model writes now."""
-        self.check_weights()
         losses = estimate_loss(self.model, self.splits, self.config)
         if not math.isfinite(losses["train"] + losses["val"]):
             raise ValueError(f"step {self.step}: the loss is no longer a number, so nothing was "

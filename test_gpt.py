@@ -1046,6 +1046,20 @@ def test_only_a_command_takes_the_signals_but_for_ignored_ones_and_gives_them_ba
     assert after == before
 
 
+@pytest.mark.parametrize("world, words", [(2, []), (1, ["--tune"])])
+def test_ctrl_c_ends_several_processes_and_tune_at_once(world, words, monkeypatch):
+    handlers = []
+
+    def look(**settings):
+        handlers.append(signal.getsignal(signal.SIGINT))
+
+    monkeypatch.setattr(gpt, "WORLD", world)
+    monkeypatch.setattr(gpt, "train", look)
+    monkeypatch.setattr(gpt, "tune", look)
+    gpt.main(words)
+    assert handlers == [signal.SIG_DFL]
+
+
 def test_after_a_stopped_command_a_notebook_can_train_on(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(gpt, "training_step", in_step(1, signal.raise_signal, signal.SIGINT))
@@ -1917,10 +1931,16 @@ def test_a_prompt_is_cleaned_as_the_corpus_was(base_chat):
     assert spoken(base_chat) == f"the\ncat\nsat\non{UNK}"
 
 
-def test_an_answer_is_streamed_a_character_at_a_time(base_chat):
-    answer = base_chat.answer("the")
-    char = next(answer)
-    assert spoken(base_chat).replace(END, "\n") == f"the{char}"
+def test_an_answer_is_shown_a_character_at_a_time(base_chat, monkeypatch):
+    screen = Mock()
+    monkeypatch.setattr(sys, "stdout", screen)
+    base_chat.show("the")
+    said = spoken(base_chat).removeprefix("the").replace(END, "\n")
+    shown = []
+    for char in said:
+        shown += [("write", (char,)), ("flush", ())]  # print writes an empty end as well
+    calls = [(name, words) for name, words, _ in screen.mock_calls if words != ("",)]
+    assert calls == [*shown, ("write", ("\n",))]
 
 
 def test_a_base_model_reads_the_whole_conversation(base_chat):
@@ -2106,8 +2126,10 @@ def test_old_turns_are_dropped_whole_until_the_rest_fills_half_of_what_is_seen(p
     assert talk.tokenizer.decode(index[0].tolist()) == read
 
 
-def test_the_answers_alone_go_into_a_pipe(pairs_model, monkeypatch, capsys):
+@pytest.mark.parametrize("typed", [True, False])
+def test_the_answers_alone_go_into_a_pipe(typed, pairs_model, monkeypatch, capsys):
     type_in(monkeypatch, "a dog\n\nthe cat\n")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: typed)
     chat.main(["--model", pairs_model, "--temperature", "0"])
     assert capsys.readouterr().out == "ran\nsat\n"  # an empty line is no question
 
@@ -2177,12 +2199,12 @@ def test_why_explains_the_last_characters_that_the_model_sees(base_chat, monkeyp
     assert [name for name, *_ in read_why(lines[-7:])] == [as_named(char) for char in seen[1:]]
 
 
-def test_why_explains_a_dozen_characters():
+@pytest.mark.parametrize("text, explained", [(TEXT[:40], TEXT[28:40]), (TEXT[:2], TEXT[1])])
+def test_why_explains_a_dozen_characters_if_there_are_as_many(text, explained):
     tokenizer = CharTokenizer(TEXT)
     talk = chat.Chat(tiny_model(tokenizer.vocab_size, block_size=32), tokenizer)
-    talk.read(TEXT[:40])
-    lines = talk.why()
-    assert [name for name, *_ in read_why(lines)] == [as_named(char) for char in TEXT[28:40]]
+    talk.read(text)
+    assert [name for name, *_ in read_why(talk.why())] == [as_named(char) for char in explained]
 
 
 @pytest.fixture(params=["fast product", "slow product"])
@@ -2386,6 +2408,11 @@ def test_corpus_json_says_what_is_in_the_folder(whole_folder):
         "checksum": zlib.crc32(vocabulary)}
     assert len(splits["train"]) + len(splits["val"]) == len(text) + len(CLEANED)
     assert len(list(whole_folder.iterdir())) == 4
+
+
+def test_folders_that_are_not_there_yet_are_made():
+    prepare_owt.main(["book.txt", "--out", "new/corpora/book"])
+    assert len(os.listdir("new/corpora/book")) == 4
 
 
 def test_any_number_of_workers_gives_the_same_files():
