@@ -828,6 +828,12 @@ def test_what_is_shown_is_printable():
     assert gpt.printable("a\tb\né日😀\u200c") == "a\tb\né日😀\u200c"
 
 
+def test_the_same_weights_show_the_same_text():
+    tokenizer = CharTokenizer(TEXT)
+    model = tiny_model(tokenizer.vocab_size)
+    assert SAMPLE(model, tokenizer, 30) == SAMPLE(model, tokenizer, 30)
+
+
 def test_what_a_run_shows_is_drawn_as_chat_draws(monkeypatch):
     draw = Mock(wraps=gpt.draw)
     monkeypatch.setattr(gpt, "draw", draw)
@@ -1084,19 +1090,21 @@ def train_with_val_losses(monkeypatch, losses, **changes):
     return train_tiny(**changes)
 
 
-@pytest.mark.parametrize("losses, best", [([3.0, 1.0, 2.0], 3), ([1.0, 3.0, 2.0], 6)])
+@pytest.mark.parametrize("losses, best", [([3.0, 1.0, 2.0], 1), ([1.0, 3.0, 2.0], 2)])
 def test_of_a_text_the_trained_weights_with_the_lowest_val_are_kept(losses, best, monkeypatch,
                                                                   capsys):
-    saved = train_with_val_losses(monkeypatch, losses)
+    settings = dict(max_iters=2, eval_interval=1)
+    saved = train_with_val_losses(monkeypatch, losses, **settings)
     assert f"weights of step {best}:" in capsys.readouterr().out
     model, tokenizer = gpt.load_model("book.pkl")
     weights = dict(model.state_dict())
     assert_same(weights, dict(saved["best"]))
-    assert torch.equal(weights["lm_head.weight"], saved["model"]["lm_head.weight"]) == (best == 6)
+    assert torch.equal(weights["lm_head.weight"], saved["model"]["lm_head.weight"]) == (best == 2)
     assert not model.training
     assert tokenizer.chars == saved["chars"]
     assert model.config.n_embd == 16
-    assert_same(dict(gpt.train(**TINY).state_dict()), weights)  # the finished run, once more
+    again = gpt.train(**dict(TINY, **settings))  # the finished run, once more
+    assert_same(dict(again.state_dict()), weights)
 
 
 def test_stopped_later_the_best_weights_are_still_those_of_an_evaluation(monkeypatch):
@@ -1953,6 +1961,13 @@ def test_a_base_model_reads_the_whole_conversation(base_chat):
     assert spoken(base_chat).replace(END, "\n") == "the cat" + first + "sat" + second
 
 
+def test_at_the_prompt_ctrl_c_begins_a_new_line_and_ctrl_d_leaves(monkeypatch, capsys):
+    typed = Mock(side_effect=[KeyboardInterrupt, "a", EOFError])
+    monkeypatch.setattr("builtins.input", typed)
+    assert list(chat.typed_lines("> ")) == ["a"]
+    assert capsys.readouterr().out == "\n\n"
+
+
 def test_clear_forgets_the_conversation(base_chat, monkeypatch):
     type_in(monkeypatch, "dog\n/clear\n")
     chat.talk(base_chat, stats=False)
@@ -2232,12 +2247,14 @@ def test_a_product_with_8_bits_is_nearly_that_with_32(width, product):
     torch.testing.assert_close(y, expected, atol=0.05, rtol=0.05)
 
 
-def test_rows_that_the_fast_product_would_read_past_the_end_of_get_the_slow_one(monkeypatch):
-    fast = Mock()
+@pytest.mark.parametrize("width, is_fast", [(36, False), (48, True)])
+def test_the_fast_product_gets_only_rows_that_it_does_not_read_past_the_end(width, is_fast,
+                                                                           monkeypatch):
+    fast = Mock(return_value=torch.zeros(3, 11))
     monkeypatch.setattr(torch, "_weight_int8pack_mm", fast)
-    linear = chat.quantize(torch.nn.Sequential(torch.nn.Linear(36, 11)))
-    linear(torch.randn(1, 3, 36, dtype=torch.bfloat16))
-    fast.assert_not_called()
+    linear = chat.quantize(torch.nn.Sequential(torch.nn.Linear(width, 11)))
+    linear(torch.randn(1, 3, width, dtype=torch.bfloat16))
+    assert fast.called == is_fast
 
 
 def test_with_8_bits_a_model_answers_the_same_from_a_quarter_of_the_memory(
@@ -2550,6 +2567,19 @@ def test_memory_holds_two_batches_a_worker_however_long_the_text_is():
     assert pool.most == 5  # and the one that has just been read
     assert pool.waiting == 0
     assert len(files) >= 16 and counts.total() == 2**24 + 1
+
+
+def test_after_a_mistake_what_still_waits_is_not_done(monkeypatch):
+    def fail(files, folder, flags, pool):
+        pool.submit(time.sleep, 0.5)
+        for number in range(50):
+            pool.submit(Path(f"{number}.done").touch)
+        raise ValueError("a mistake")
+
+    monkeypatch.setattr(prepare_owt, "first_pass", fail)
+    with pytest.raises(SystemExit):
+        prepare_owt.main(["book.txt", "--out", "out", "--workers", "1"])
+    assert len(list(Path().glob("*.done"))) < 10
 
 
 # Where an archive can be damaged: cut anywhere, or with a byte changed.
