@@ -10,7 +10,7 @@ beforehand, and its parts are those of the Transformer of 2017. What it writes s
 text that it was trained on, without being a copy. The file follows the freeCodeCamp course "Create
 a Large Language Model from Scratch with Python". Part one is the lesson: what a GPT is and how it
 learns. Part two keeps a run safe and makes it fast; a first reading may skip it. Letters in
-comments are sizes:
+comments are sizes, of things that are explained where they first appear:
     B  batch: texts worked on side by side      H  attention heads
     T  time: characters in each text            D  head size, C / H
     C  channels: numbers for each character     V  vocabulary: different characters
@@ -41,7 +41,7 @@ class Config:
     n_embd: int = 128             # numbers that describe each character: C
     n_head: int = 4               # attention heads: H
     n_layer: int = 4              # layers (class Block) on top of each other; 0: no attention
-    dropout: float = 0.1          # share of the numbers between layers turned off in training
+    dropout: float = 0.1          # share of numbers turned off in training (see FeedForward)
     optimizer: str = "adamw"      # adamw or muon, which move the weights (see make_optimizers)
     learning_rate: float = 3e-3   # size of a training step at its largest
     weight_decay: float = 0.02    # how strongly weights are pulled to 0, against learning by heart
@@ -109,7 +109,7 @@ def load_data(config, chars=""):
     memory is a folder that prepare_owt.py wrote, and its ids stay on the disk until they are used.
     chars: the vocabulary of a model to start from, if any.
     ValueError if the corpus is too short or damaged, OSError if it cannot be read."""
-    if kind_of(config.data) == "prepared folder":
+    if kind_of(config.data) == "prepared folder":                # rare: a first reading may skip it
         splits, tokenizer = open_prepared(config.data)           # in part two
     else:
         texts = read_documents(config.data)                      # in part two: a list of them
@@ -212,12 +212,14 @@ class MultiHeadAttention(nn.Module):
         D = C // H
         # One product makes the queries, keys and values of all heads, side by side.
         q, k, v = self.qkv(x).split(C, dim=2)        # (B, T, 3 C) -> (B, T, C) each
-        # C is cut into H pieces of D; then T and H change places: each head gets a (T, D).
+        # C is cut into H pieces of D; then T and H change places: each head gets a (T, D). (One
+        # view to (B, H, T, D) would keep the order in memory, and so mix up the characters.)
         q = q.view(B, T, H, D).transpose(1, 2)       # (B, T, C) -> (B, T, H, D) -> (B, H, T, D)
         k = k.view(B, T, H, D).transpose(1, 2)
         v = v.view(B, T, H, D).transpose(1, 2)
         # When the model writes, x is only the newest character. The keys and values of those before
-        # it were computed already: cache, {module: (keys, values)}, kept them. (See GPT.stream.)
+        # it were computed already, and do not change (see GPT.stream): cache has kept them. It is
+        # {module: (keys, values)}, as each layer has its own.
         if cache is not None:
             if self in cache:
                 old_k, old_v = cache[self]
@@ -248,9 +250,10 @@ class Block(nn.Module):
     Each result is added to its input. This is called a residual: what was known is kept, and each
     layer only adds to it, which also lets the first layers learn sooner. A norm follows each sum:
     it brings each character's C numbers to mean 0 and variance 1, so that they keep one scale from
-    layer to layer, and then to a scale and shift that are learned. This order is post-norm, as in
-    the course. GPT-2 uses pre-norm, x + sublayer(norm(x)), which is easier to train; with
-    post-norm, training has to begin with small steps (see learning_rate).
+    layer to layer. Then it multiplies each by a number and adds another; these are learned, in case
+    other scales serve better. This order is post-norm, as in the course. GPT-2 uses pre-norm,
+    x + sublayer(norm(x)), which is easier to train; with post-norm, training has to begin with
+    small steps (see learning_rate).
     The first Transformer was a translator: an encoder read one language, a decoder wrote the other
     and also looked at what the encoder had read (cross-attention). This is the decoder alone."""
 
@@ -280,7 +283,7 @@ class GPT(nn.Module):
         self.positions = nn.Embedding(config.block_size, config.n_embd)
         # A ModuleList only holds its modules; forward runs them.
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.LayerNorm(config.n_embd)
+        self.norm = nn.LayerNorm(config.n_embd)  # as in the course, though each block ends with one
         self.lm_head = nn.Linear(config.n_embd, vocab_size)
         # Matrices start at random, N(0, 0.02): normal, with mean 0 and spread 0.02. They differ, so
         # that neurons, the outputs of a layer, learn different things. They are small, so that
@@ -397,10 +400,11 @@ def make_optimizers(model, config):
         average = 0.9 * average + 0.1 * gradient            (momentum: it evens out the noise)
         square = 0.99 * square + 0.01 * gradient ** 2       (as in RMSprop)
         weight = weight - learning_rate * average / sqrt(square)
-    so that all weights move at a similar pace. (Left out: a correction while the averages are
-    young, and a tiny number that keeps the division from failing.) 0.9 and 0.99 are its betas. The
-    W (Loshchilov and Hutter 2017) is weight decay, apart from that step: matrices also shrink a
-    little each time, which is against learning by heart. fused: one call moves all weights."""
+    sqrt(square) is about the usual size of the gradient, so what it divides is about 1: all weights
+    move at a similar pace. (Left out: a correction while the averages are young, and a tiny number
+    that keeps the division from failing.) 0.9 and 0.99 are its betas. The W (Loshchilov and Hutter
+    2017) is weight decay, apart from that step: matrices also shrink a little each time, since it
+    takes large weights to learn single examples by heart. fused: one call moves all weights."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms are not shrunk
     others = []
@@ -428,8 +432,9 @@ def learning_rate(step, config):
 def training_step(model, optimizers, batches, config, step):
     """One step of gradient descent: forward, backward, step. Returns the mean loss, a tensor.
     backward finds the gradients of all weights in one pass, from the loss back to the first layer,
-    by the chain rule. batches: [(seed for dropout, x, y), ...]. More than one is gradient
-    accumulation: their gradients add up to those of one large batch, too large for the memory."""
+    by the chain rule, and leaves each in weight.grad, where the optimizer finds it.
+    batches: [(seed for dropout, x, y), ...]. More than one is gradient accumulation: their
+    gradients add up to those of one large batch, too large for the memory."""
     total = 0.0
     for seed, x, y in batches:
         torch.manual_seed(seed)  # so that dropout's random choice is the same if a killed run
@@ -675,7 +680,7 @@ def check(config):
             if field.type is float or name in MAY_BE_ZERO:
                 lowest = 0
             highest = HIGHEST.get(name, 2**31)
-            if not lowest <= value <= highest:  # nan, "not a number", is not either
+            if not lowest <= value <= highest:  # nan, "not a number", is in no range
                 raise ValueError(f"{name} must be from {lowest} to {highest}, not {value}")
 
 
@@ -841,7 +846,7 @@ def shapes(tensors):
 
 
 def restore(optimizers, states):
-    """Gives optimizers back what they keep for each weight, such as AdamW's two averages.
+    """Gives optimizers back their state: what they keep for each weight, as AdamW its two averages.
     PyTorch's load_state_dict would take the saved tensors without a look at their sizes, and its
     fused AdamW then reads and writes past the end of one that is too small. Hence three moves.
     First each optimizer takes a step with gradients of 0, at which it makes its own tensors, of the
@@ -939,10 +944,10 @@ def build(config, vocab_size):
     torch.compile turns a model into faster code. fast_model is that code. It computes with the very
     same weights, so whoever trains it trains the model; and it is the model itself where nothing
     is compiled. On a GPU, a step is hundreds of small computations, and to start them one by one
-    from Python takes longer than they do. A CUDA graph records them once and then starts all of
-    them together: the compiler's mode reduce-overhead. It writes its results to the same place in
-    memory each time. So the gradients of a second batch would replace those of the first, where
-    they should be added: for steps of several batches, there is the compiler's default mode."""
+    from Python takes longer than they do. Where a step is one batch, the compiler's mode
+    reduce-overhead helps: it records them once, as a CUDA graph, and then starts all together. But
+    a graph writes its results to the same place in memory each time, so that the gradients of a
+    second batch would replace those of the first instead of being added to them."""
     prepare_device(config)
     torch.manual_seed(config.seed)
     model = GPT(config, vocab_size).to(config.device)
@@ -963,7 +968,8 @@ class OrderedLookup(torch.autograd.Function):
     A Function tells PyTorch how to compute something (forward) and its gradients (backward);
     context carries what the second needs from the first. index: ids, (B, T); weight: (V, C).
     Each place of a text used one row of weight, so the gradient of a row is the sum of those of its
-    places. A product with a table of 0 and 1 is that sum, in a fixed order."""
+    places. A product with a table of 0 and 1 is that sum, in a fixed order. If three rows were used
+    by the ids 2, 0, 2, its rows are 0 1 0 (row 0 was used second), 0 0 0 and 1 0 1."""
 
     @staticmethod
     def forward(context, index, weight):
@@ -1431,7 +1437,7 @@ def main(argv=None):
         work = tune
     if work is tune or WORLD > 1:
         on_signal = signal.SIG_DFL  # ends at once
-    before = {}
+    before = {}  # {signal: what is called for it now}, to be put back at the end
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Ctrl-C, kill, and a terminal that was closed
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it

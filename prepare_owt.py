@@ -49,6 +49,7 @@ def read_tar(name, file, not_read):
             elif kind == "tar":
                 yield from read_tar(inner, tar.extractfile(member), not_read)
             elif kind in ("xz", "txt"):
+                # To where its bytes begin: in a packed tar too, it reads on to that place.
                 tar.fileobj.seek(member.offset_data)
                 yield inner, tar.fileobj.read(member.size)  # faster than extractfile
             else:
@@ -210,7 +211,7 @@ def first_pass(files, folder, flags, pool):
         """Waits for the oldest batch, and adds up what it found."""
         path, future = waiting.popleft()
         found, passed_over = future.result()
-        texts.append((path, counts.total()))
+        texts.append((path, counts.total()))  # it starts where those before it end
         counts.update(found)
         not_read.update(passed_over)
         bar.set_postfix_str(f"{counts[gpt.END]:,} documents, {counts.total():,} characters")
@@ -284,8 +285,8 @@ def start_worker():
     """A worker leaves Ctrl-C to its parent, and ends when that is gone, even if it was killed: a
     thread beside its work waits for that."""
     def end_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
+        multiprocessing.parent_process().join()  # waits until it has ended
+        os._exit(1)                              # at once, whatever the worker is doing
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 

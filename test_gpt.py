@@ -1883,6 +1883,13 @@ def test_a_prompt_is_continued_by_as_many_characters_as_were_asked_for(prompt, b
     assert "20 characters" in errors
 
 
+def test_stats_are_the_characters_and_how_many_came_in_a_second(monkeypatch, capsys):
+    talk = chat_saying("abcdef")
+    monkeypatch.setattr(time, "perf_counter", Mock(side_effect=[1.0, 3.0]))
+    talk.show("", stats=True)
+    assert "(6 characters, 3 a second)" in capsys.readouterr().err
+
+
 def test_the_same_seed_gives_the_same_text_and_another_one_another(base, capsys):
     outputs = []
     for seed in ("1", "1", "2"):
