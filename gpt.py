@@ -91,7 +91,8 @@ class CharTokenizer:
     def encode(self, text):
         """str -> ids, 1-D uint16. Characters outside the vocabulary become UNK; it never fails."""
         # UTF-32 writes each character as its code, in 4 bytes, and frombuffer reads such bytes as
-        # numbers: "hi" is 104, 105. (surrogatepass: also halves of characters, in broken texts.)
+        # numbers: "hi" is 104, 105. (With surrogatepass, halves of characters, as broken texts may
+        # have them, do not make it fail.)
         utf32 = text.encode("utf-32-le", "surrogatepass")
         codes = np.frombuffer(utf32, np.uint32)
         return self.code_to_id[codes]
@@ -183,7 +184,8 @@ class Head(nn.Module):
 
     def forward(self, q, k, v):
         # The same in one call, which on most devices never stores the T x T scores. is_causal is
-        # the mask. (A single query, in generation, is the newest character's: it may see all keys.)
+        # the mask. (In generation, q is often the newest character's alone, while k and v are those
+        # of all characters so far: it may see them all.)
         several = q.shape[-2] > 1
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=several)
 
@@ -217,9 +219,9 @@ class MultiHeadAttention(nn.Module):
         q = q.view(B, T, H, D).transpose(1, 2)       # (B, T, C) -> (B, T, H, D) -> (B, H, T, D)
         k = k.view(B, T, H, D).transpose(1, 2)
         v = v.view(B, T, H, D).transpose(1, 2)
-        # When the model writes, x is only the newest character. The keys and values of those before
-        # it were computed already, and do not change (see GPT.stream): cache has kept them. It is
-        # {module: (keys, values)}, as each layer has its own.
+        # When the model writes, x is only the newest character, and T is 1. The keys and values of
+        # those before it were computed already, and do not change (see GPT.stream): cache has kept
+        # them. It is {module: (keys, values)}, as each layer has its own.
         if cache is not None:
             if self in cache:
                 old_k, old_v = cache[self]
@@ -248,12 +250,13 @@ class FeedForward(nn.Sequential):
 class Block(nn.Module):
     """Attention, then feed-forward: one layer of the model. (B, T, C) -> (B, T, C).
     Each result is added to its input. This is called a residual: what was known is kept, and each
-    layer only adds to it, which also lets the first layers learn sooner. A norm follows each sum:
-    it brings each character's C numbers to mean 0 and variance 1, so that they keep one scale from
-    layer to layer. Then it multiplies each by a number and adds another; these are learned, in case
-    other scales serve better. This order is post-norm, as in the course. GPT-2 uses pre-norm,
-    x + sublayer(norm(x)), which is easier to train; with post-norm, training has to begin with
-    small steps (see learning_rate).
+    layer only adds to it. (Gradients, by which a model learns, pass through a sum unchanged, so the
+    first layers learn as soon as the last.) A norm follows each sum: it brings each character's C
+    numbers to mean 0 and variance 1, so that they keep one scale from layer to layer. Then it
+    multiplies each by a number and adds another; these are learned, in case other scales serve
+    better. This order is post-norm, as in the course. GPT-2 uses pre-norm, x + sublayer(norm(x)),
+    which is easier to train; with post-norm, gradients are large at first, so training has to begin
+    with small steps (see learning_rate).
     The first Transformer was a translator: an encoder read one language, a decoder wrote the other
     and also looked at what the encoder had read (cross-attention). This is the decoder alone."""
 
@@ -293,6 +296,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+            # and the scales of norms are 1, as PyTorch makes them
 
     def forward(self, index, targets=None, cache=None, start=0):
         """index, targets: int64 (B, T), T <= block_size -> (logits (B, T, V), loss or None).
@@ -400,10 +404,10 @@ def make_optimizers(model, config):
         average = 0.9 * average + 0.1 * gradient            (momentum: it evens out the noise)
         square = 0.99 * square + 0.01 * gradient ** 2       (as in RMSprop)
         weight = weight - learning_rate * average / sqrt(square)
-    sqrt(square) is about the usual size of the gradient, so what it divides is about 1: all weights
-    move at a similar pace. (Left out: a correction while the averages are young, and a tiny number
-    that keeps the division from failing.) 0.9 and 0.99 are its betas. The W (Loshchilov and Hutter
-    2017) is weight decay, apart from that step: matrices also shrink a little each time, since it
+    Gradients that are always 5, or always 0.005, give 5 / 5 or 0.005 / 0.005: so all weights move
+    at a similar pace. (Left out: a correction while the averages are young, and a tiny number that
+    keeps the division from failing.) 0.9 and 0.99 are its betas. The W (Loshchilov and Hutter 2017)
+    is weight decay, which is separate from this: matrices also shrink a little each time, since it
     takes large weights to learn single examples by heart. fused: one call moves all weights."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms are not shrunk
@@ -437,8 +441,7 @@ def training_step(model, optimizers, batches, config, step):
     gradients add up to those of one large batch, too large for the memory."""
     total = 0.0
     for seed, x, y in batches:
-        torch.manual_seed(seed)  # so that dropout's random choice is the same if a killed run
-        #                          comes to this step again
+        torch.manual_seed(seed)  # so that the step can be repeated, with the same dropout
         with autocast(config):
             _, loss = model(x, y)
         loss = loss / len(batches)  # the batches' losses add up to their mean
@@ -708,8 +711,8 @@ def defaults_for(device):
 def choose_settings(given):
     """A setting that was given beats the checkpoint, the checkpoint beats what suits the device,
     and that beats Config. Takes {name: value} and returns (config, saved, stamp). saved is what the
-    checkpoint holds, or {}. stamp tells one state of the file out from the next (see stamp_of): if
-    there is one, this run carries on with that file, and if it is None, the run is new."""
+    checkpoint holds, or {}. stamp is None if the run is new. If the run carries on with a file, it
+    is that file's: with it, save_checkpoint will notice if another run has written the file."""
     config = Config(**given)  # a first one, to know which device and files are meant
     # book.txt gives book.pkl. abspath finds a name for "." too; a link is named as it was typed.
     out = config.out or Path(os.path.abspath(config.data or "model")).stem + ".pkl"
@@ -1200,10 +1203,10 @@ class Run:
                                  "nothing was saved: lower --learning_rate")
 
     def best_step(self):
-        """The step whose weights chat.py gets. It is the one with the lowest val; but that of step
-        0 does not count, as the model knew nothing then, and until there is another one it is the
-        latest step. For pairs it is always the latest: there, val asks for facts that are not in
-        train, so it rises while the model learns."""
+        """The step whose weights chat.py gets: the one with the lowest val. Step 0 does not count,
+        as the model knew nothing then; before the next evaluation, the latest step is taken. For
+        pairs, it is always the latest: there, val asks for facts that are not in train, so it rises
+        while the model learns."""
         vals = {step: losses["val"] for step, losses in self.losses.items() if step > 0}
         if kind_of(self.config.data) == "pairs" or not vals:
             return self.step

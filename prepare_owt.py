@@ -54,8 +54,8 @@ def read_tar(name, file, not_read):
                 yield inner, tar.fileobj.read(member.size)  # faster than extractfile
             else:
                 not_read[kind] += 1
-        # A tar ends with two blocks of 512 zeros. tarfile stops at the first one, but also at
-        # damage, and does not say which. So this looks for the second one.
+        # A tar ends with two blocks of 512 zeros. tarfile stops at the first of them, and in the
+        # same way at some damage. Only if the second one follows, this was the end.
         if tar.fileobj.read(512) != bytes(512):
             raise EOFError("the end is missing")
         # xz and gzip check at their end whether all was whole, so it is read to the end.
@@ -299,13 +299,12 @@ def as_words(counts):
 
 
 def find_files(sources):
-    """All files that are meant, also those in folders, and in theirs. OSError if one is missing."""
+    """All files that are meant, also those in folders, and in theirs."""
     files = []
     for source in sources:
         if source.is_dir():
             files += sorted(path for path in source.rglob("*") if path.is_file())
         else:
-            source.stat()  # fails if it is missing
             files.append(source)
     return files
 

@@ -2,8 +2,8 @@
 
 A test is a claim, its name, and the proof. The models are tiny, so that each takes a second or two.
 """
-import copy, io, json, lzma, math, os, pickle, pty, random, re, resource, runpy, select, shlex
-import shutil, signal, socket, subprocess, sys, tarfile, time, tracemalloc, zlib
+import copy, io, json, lzma, math, multiprocessing, os, pickle, pty, random, re, resource, runpy
+import select, shlex, shutil, signal, socket, subprocess, sys, tarfile, time, tracemalloc, zlib
 from contextlib import redirect_stderr
 from dataclasses import fields
 from pathlib import Path
@@ -259,7 +259,7 @@ def test_the_advice_for_a_short_text_is_the_largest_block_that_fits(length, of_v
     Path("short.txt").write_text(TEXT[:length])
     advice = f"short.txt: the val split has {of_val} .* --block_size {largest}$"
     with pytest.raises(ValueError, match=advice):
-        gpt.load_data(tiny(data="short.txt"))
+        gpt.load_data(tiny(data="short.txt", block_size=of_val))
     gpt.load_data(tiny(data="short.txt", block_size=largest))
 
 
@@ -675,6 +675,7 @@ def test_adamw_has_betas_of_9_and_99_hundredths_and_shrinks_matrices_alone():
         weights[name] = 2.0
     config = tiny(learning_rate=0.1, weight_decay=0.5)
     [optimizer] = gpt.make_optimizers(model, config)
+    assert optimizer.defaults["fused"]
     average = 0.0
     square = 0.0
     for step, gradient in enumerate((1.0, -0.3, 0.2), start=1):
@@ -1406,7 +1407,7 @@ def test_a_damaged_optimizer_is_refused_where_it_is_needed(path, value, finished
 MISTAKES = [
     ("--n_embd x", "n_embd"), ("--n_emb 16", "--n_emb"), ("--n_embd 0", "n_embd"),
     ("--n_embd 15", "n_head 2"), ("--block_size 5000", "--block_size 3"),
-    ("--device mps", "device mps"), ("--out .", "."), ("--out nowhere/model.pkl", "nowhere"),
+    ("--device mps", "device mps"), ("--out .", "."), ("--out nowhere/model.pkl", "model.pkl: not saved"),
     ("--init_from nothing.pkl", "nothing.pkl"), ("--data nothing.txt", "nothing.txt"),
     ("--data empty.txt", "empty.txt"), ("--data empty.jsonl", "empty.jsonl"),
     ("--data one.jsonl", "one.jsonl"), ("--data bad.jsonl", "bad.jsonl, line 4"),
@@ -1716,7 +1717,9 @@ def card(monkeypatch, as_before):
 
 
 @pytest.mark.parametrize("grad_accum, mode", [(1, "reduce-overhead"), (2, "default")])
-def test_a_run_on_cuda_pins_its_batches_and_compiles_as_fits(grad_accum, mode, card, capsys):
+def test_a_run_on_cuda_pins_its_batches_and_compiles_as_fits(grad_accum, mode, card, capsys,
+                                                             monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
     settings = dict(TINY, device="cuda", dtype="bfloat16", compile=True, grad_accum=grad_accum)
     gpt.train(**settings)
     output = capsys.readouterr().out
@@ -1727,6 +1730,8 @@ def test_a_run_on_cuda_pins_its_batches_and_compiles_as_fits(grad_accum, mode, c
     assert "the first step compiles" in output
     assert "memory  0.50 GiB" in output
     assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     assert gpt.load_checkpoint("book.pkl")["step"] == 6
 
 
@@ -2244,6 +2249,12 @@ def test_8_bits_are_at_most_half_a_scale_off_and_use_all_of_their_range():
     assert (quantized.weight.abs().amax(dim=1) == 127).all()
 
 
+def test_sizes_are_in_mib():
+    linear = torch.nn.Linear(1024, 1024, bias=False)
+    assert chat.size_of(linear) == 4
+    assert chat.size_of(chat.Int8Linear(linear)) == 1 + 4 / 1024  # weights and scales
+
+
 @pytest.mark.parametrize("width", [64, 36])  # 36 is no multiple of 16
 def test_a_product_with_8_bits_is_nearly_that_with_32(width, product):
     linear = torch.nn.Linear(width, 32)
@@ -2532,8 +2543,11 @@ def test_names_in_an_archive_write_nothing_elsewhere(name):
     assert not new
 
 
-def test_both_passes_show_how_far_they_are(monkeypatch):
-    Path("a.tar").write_bytes(WHOLE)
+@pytest.mark.parametrize("name, content", [("a.tar", WHOLE), ("a.txt", "é\n".encode() * 999),
+                                           ("a.xz", lzma.compress(b"a text" * 99))],
+                         ids=["tar", "txt", "xz"])
+def test_both_passes_show_how_far_they_are(name, content, monkeypatch):
+    Path(name).write_bytes(content)
     bars = []
 
     def visible(**options):
@@ -2541,11 +2555,13 @@ def test_both_passes_show_how_far_they_are(monkeypatch):
         bars.append(gpt.tqdm(**options))
         return bars[-1]
     monkeypatch.setattr(prepare_owt, "tqdm", visible)
-    prepare_owt.main(["a.tar", "--out", "out"])
+    prepare_owt.main([name, "--out", "out"])
     for bar in bars:
         assert bar.n >= bar.total > 0
-    characters = sum(len(text) + 1 for text in CLEANED)
-    assert bars[0].postfix == f"{len(CLEANED)} documents, {characters:,} characters"
+    splits, tokenizer = gpt.load_data(tiny(data="out", block_size=1))
+    ids = np.concatenate([splits["train"], splits["val"]])
+    documents = np.count_nonzero(ids == tokenizer.end)
+    assert bars[0].postfix == f"{documents} documents, {len(ids):,} characters"
     assert len(bars) == 2
 
 
@@ -2587,6 +2603,7 @@ def test_after_a_mistake_what_still_waits_is_not_done(monkeypatch):
     with pytest.raises(SystemExit):
         prepare_owt.main(["book.txt", "--out", "out", "--workers", "1"])
     assert len(list(Path().glob("*.done"))) < 10
+    assert multiprocessing.active_children() == []
 
 
 # Where an archive can be damaged: cut anywhere, or with a byte changed.
@@ -2714,6 +2731,7 @@ def test_a_preparation_removes_what_ended_ones_left_and_nothing_else():
     ("many.txt", "--min_count"), ("book.txt --sample=0", "sample"),
     ("book.txt --sample=2", "sample"),
     ("book.txt --workers=0", "workers"), ("book.txt --val_fraction=1", "val_fraction"),
+    ("book.txt --val_fraction=0", "val_fraction"),
     ("book.txt --min_count=0", "min_count"), ("book.txt --min_count=-1", "min_count"),
     ("book.txt --min_count=999999", "--min_count 999999 leaves no characters"),
     ("book.txt --out=full", "full")])
