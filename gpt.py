@@ -203,7 +203,7 @@ class MultiHeadAttention(nn.Module):
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd {config.n_embd} must be divisible by n_head {config.n_head}")
         self.n_head = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # as in the course
         self.head = Head()
         self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
@@ -275,9 +275,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The model: for each character of a text, it scores each character that could come next.
     An embedding is a table with a row of C numbers for each id: what the model knows of that
-    character. Attention by itself hardly notices in which order the characters stand, so each
-    position has a row as well. All these numbers start at random and are learned. (The first
-    Transformer computed those of its positions, with sines.)"""
+    character. Attention compares characters, but does not see where they stand, so each position
+    has a row as well. All these numbers start at random and are learned. (The first Transformer
+    computed those of its positions, with sines.)"""
 
     def __init__(self, config, vocab_size):
         super().__init__()
@@ -314,7 +314,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.norm(x))                        # (B, T, V)
         if targets is None:
             return logits, None
-        scores = logits.flatten(0, 1).float()                      # (B*T, V), in float32
+        scores = logits.flatten(0, 1).float()                      # (B*T, V), float32 in any case
         loss = nn.functional.cross_entropy(scores, targets.flatten())
         return logits, loss
 
@@ -337,7 +337,7 @@ class GPT(nn.Module):
             logits, _ = self(index[:, start:], cache=cache, start=start)
             drawn = draw(logits[:, -1], temperature, top_k)     # from the last position's scores
             yield drawn
-            start = index.shape[1]
+            start = index.shape[1]                              # "abc": 3, where the 4th will be
             index = torch.cat((index, drawn), dim=1)
             if index.shape[1] > self.config.block_size:         # full: go on with its last half
                 index = index[:, -max(1, self.config.block_size // 2):]
@@ -353,8 +353,8 @@ class GPT(nn.Module):
 def draw(logits, temperature=1.0, top_k=None):
     """Scores (B, V) -> the id of one character for each text, int64 (B, 1).
     A temperature below 1 makes likely characters likelier, one above 1 evens them out, and 0 takes
-    the likeliest. top_k allows only the k likeliest. Of equals, the first in the vocabulary counts
-    as the likelier one."""
+    the likeliest. top_k allows only the k likeliest. Of two that are equally likely, the first in
+    the vocabulary is preferred."""
     if temperature < 1e-6:  # dividing by it would fail
         return logits.argmax(dim=-1, keepdim=True)
     shares = (logits.float() / temperature).softmax(dim=-1)
@@ -368,7 +368,7 @@ def draw(logits, temperature=1.0, top_k=None):
 # -------------------------------- learning ------------------------------------------------------
 def autocast(config):
     """With dtype bfloat16, matrix products use 16 bits, faster where the processor has instructions
-    for them. What needs more digits (norm, softmax, loss) stays float32."""
+    for them. What needs more digits (norm, softmax, loss) stays float32: PyTorch has a list."""
     return torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
@@ -411,13 +411,13 @@ def make_optimizers(model, config):
     takes large weights to learn single examples by heart. fused: one call moves all weights."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms are not shrunk
-    others = []
+    muon = []
     if config.optimizer == "muon":  # an option, in part two: another optimizer for the blocks
-        matrices, others = make_muon(model, config)
+        matrices, muon = make_muon(model, config)
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.99), fused=True)
-    return [adamw, *others]
+    return [adamw, *muon]
 
 
 def learning_rate(step, config):

@@ -807,8 +807,12 @@ def test_one_watches_it_learn_on_one_line_an_evaluation(monkeypatch, capsys):
     assert f"book.pkl: {count:,} parameters, at step 0 of 6, on cpu in float32" in second
     steps = re.findall(r"^step +(\d)   train \d\.\d{4}   val \d\.\d{4}   (.{30,})$", output, re.M)
     assert [step for step, _ in steps] == ["0", "3", "6"]
-    assert "finished at step 6" in output
-    assert re.search(r"losses  last \d\.\d{4}, best \d\.\d{4}   █.▁", output)
+    assert "compiles" not in output
+    losses, _, rest = output.partition("losses  ")[2].partition("\n")
+    assert re.fullmatch(r"last \d\.\d{4}, best \d\.\d{4}   █.▁", losses)
+    text, _, rest = rest.rpartition("\n\nfinished at step 6; for more, raise --max_iters\n")
+    assert text == SAMPLE(*gpt.load_model("book.pkl"), 500)
+    assert rest == "weights of step 6: python chat.py --model book.pkl\n"
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
@@ -2445,9 +2449,11 @@ def test_corpus_json_says_what_is_in_the_folder(whole_folder):
     assert len(list(whole_folder.iterdir())) == 4
 
 
-def test_folders_that_are_not_there_yet_are_made():
-    prepare_owt.main(["book.txt", "--out", "new/corpora/book"])
-    assert len(os.listdir("new/corpora/book")) == 4
+def test_folders_that_are_not_there_yet_are_made_and_the_last_line_trains_on_them(capsys):
+    prepare_owt.main(["book.txt", "--out", "new/corpora/my book"])
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last == "train on it: python gpt.py --data 'new/corpora/my book'"
+    assert len(os.listdir("new/corpora/my book")) == 4
 
 
 def test_any_number_of_workers_gives_the_same_files():
