@@ -1664,7 +1664,8 @@ needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 @pytest.fixture
 def as_before():
-    """Gives PyTorch's global settings back, which a run on a GPU changes."""
+    """Gives PyTorch's global settings back, which a run on a GPU changes, and no other run."""
+    assert not torch.are_deterministic_algorithms_enabled()
     precision = torch.get_float32_matmul_precision()
     yield
     torch.use_deterministic_algorithms(False)
