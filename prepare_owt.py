@@ -294,7 +294,7 @@ def start_worker():
 # -------------------------------- the command line ----------------------------------------------
 def as_words(counts):
     """{"a": 1, "b": 2} -> "1 a, 2 b"."""
-    words = [f"{counts[kind]:,} {kind}" for kind in sorted(counts) if counts[kind] > 0]
+    words = [f"{counts[kind]:,} {kind}" for kind in sorted(counts)]
     return ", ".join(words) or "nothing"
 
 
