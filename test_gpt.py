@@ -2788,7 +2788,7 @@ def test_a_preparation_removes_what_ended_ones_left_and_nothing_else():
     ("random.xz", "random.xz"), ("random.tar.xz", "random.tar.xz"),
     ("image.png", "no documents in these sources; not read: 1 .png"), ("none", "no documents"),
     ("many.txt", "--min_count"), ("book.txt --sample=0", "sample"),
-    ("book.txt --sample=2", "sample"),
+    ("book.txt --sample=2", "sample"), ("book.txt --samp=1", "--samp"),
     ("book.txt --workers=0", "workers"), ("book.txt --val_fraction=1", "val_fraction"),
     ("book.txt --val_fraction=0", "val_fraction"),
     ("book.txt --min_count=0", "min_count"), ("book.txt --min_count=-1", "min_count"),
