@@ -343,7 +343,6 @@ def replace_folder(flags):
     if flags.out.exists() and set(os.listdir(flags.out)) - ours:
         raise ValueError(f"{flags.out} holds other files; name a folder of its own with --out")
     files = find_files(flags.sources)
-    flags.out.parent.mkdir(parents=True, exist_ok=True)
     gpt.remove_leftovers(flags.out)
     temporary = Path(f"{flags.out}.{os.getpid()}.tmp")
     try:

@@ -1088,8 +1088,8 @@ def test_ctrl_c_ends_several_processes_and_tune_at_once(world, words, monkeypatc
         handlers.append(signal.getsignal(signal.SIGINT))
 
     monkeypatch.setattr(gpt, "WORLD", world)
-    monkeypatch.setattr(gpt, "train", look)
-    monkeypatch.setattr(gpt, "tune", look)
+    for name in ("train", "tune"):
+        monkeypatch.setattr(gpt, name, Mock(side_effect=look))
     gpt.main(words)
     assert handlers == [signal.SIG_DFL]
 
