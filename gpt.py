@@ -219,9 +219,9 @@ class MultiHeadAttention(nn.Module):
         q = q.view(B, T, H, D).transpose(1, 2)       # (B, T, C) -> (B, T, H, D) -> (B, H, T, D)
         k = k.view(B, T, H, D).transpose(1, 2)
         v = v.view(B, T, H, D).transpose(1, 2)
-        # When the model writes, x is only the newest character, and T is 1. The keys and values of
-        # those before it were computed already, and do not change (see GPT.stream): cache has kept
-        # them. It is {module: (keys, values)}, as each layer has its own.
+        # When the model writes, x is first the prompt, then only the newest character, and T is 1.
+        # The keys and values of those before it were computed already, and do not change (see
+        # GPT.stream): cache has kept them. It is {module: (keys, values)}: each layer has its own.
         if cache is not None:
             if self in cache:
                 old_k, old_v = cache[self]
@@ -971,8 +971,8 @@ class OrderedLookup(torch.autograd.Function):
     A Function tells PyTorch how to compute something (forward) and its gradients (backward);
     context carries what the second needs from the first. index: ids, (B, T); weight: (V, C).
     Each place of a text used one row of weight, so the gradient of a row is the sum of those of its
-    places. A product with a table of 0 and 1 is that sum, in a fixed order. If three rows were used
-    by the ids 2, 0, 2, its rows are 0 1 0 (row 0 was used second), 0 0 0 and 1 0 1."""
+    places. A product with a table of 0 and 1 is that sum, in a fixed order. With a vocabulary of 3
+    and the ids 2, 0, 2, the table's rows are 0 1 0 (id 0 came second), 0 0 0 and 1 0 1."""
 
     @staticmethod
     def forward(context, index, weight):
@@ -1204,9 +1204,9 @@ class Run:
 
     def best_step(self):
         """The step whose weights chat.py gets: the one with the lowest val. Step 0 does not count,
-        as the model knew nothing then; before the next evaluation, the latest step is taken. For
-        pairs, it is always the latest: there, val asks for facts that are not in train, so it rises
-        while the model learns."""
+        as the model knew nothing then; if there is no other evaluation yet, it is the latest step.
+        For pairs, it is always the latest: there, val asks for facts that are not in train, so it
+        rises while the model learns."""
         vals = {step: losses["val"] for step, losses in self.losses.items() if step > 0}
         if kind_of(self.config.data) == "pairs" or not vals:
             return self.step

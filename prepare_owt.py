@@ -49,7 +49,7 @@ def read_tar(name, file, not_read):
             elif kind == "tar":
                 yield from read_tar(inner, tar.extractfile(member), not_read)
             elif kind in ("xz", "txt"):
-                # To where its bytes begin: in a packed tar too, it reads on to that place.
+                # To where its bytes begin. (In a packed tar, seek reads on to that place.)
                 tar.fileobj.seek(member.offset_data)
                 yield inner, tar.fileobj.read(member.size)  # faster than extractfile
             else:

@@ -1410,8 +1410,7 @@ NUMBER_OF_DAMAGED = len(OF_THE_MODEL) + len(NO_CHECKPOINTS) + len(CUT_OFF) + 1
 
 
 @pytest.mark.parametrize("number", range(NUMBER_OF_DAMAGED))
-def test_a_strangers_file_is_refused_in_one_line_and_nothing_of_it_runs(number, damaged,
-                                                                            recwarn):
+def test_a_strangers_file_is_refused_in_one_line_and_nothing_of_it_runs(number, damaged, recwarn):
     Path("bad.pkl").write_bytes(damaged[number])
     message = "bad.pkl is no checkpoint of gpt.py, or it is damaged"
     assert_refused(gpt.main, flags(out="bad.pkl"), message)
@@ -1709,10 +1708,11 @@ needs_card = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 @pytest.fixture
 def as_before():
-    """Gives PyTorch's global settings back, which a run on a GPU changes, and no other run."""
+    """Gives global settings back, which a run on a GPU changes, and no other run."""
     assert not torch.are_deterministic_algorithms_enabled()
     precision = torch.get_float32_matmul_precision()
     yield
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.set_float32_matmul_precision(precision)
@@ -1767,9 +1767,7 @@ def card(monkeypatch, as_before):
 
 
 @pytest.mark.parametrize("grad_accum, mode", [(1, "reduce-overhead"), (2, "default")])
-def test_a_run_on_cuda_pins_its_batches_and_compiles_as_fits(grad_accum, mode, card, capsys,
-                                                             monkeypatch):
-    monkeypatch.setattr(os, "environ", dict(os.environ))
+def test_a_run_on_cuda_pins_its_batches_and_compiles_as_fits(grad_accum, mode, card, capsys):
     settings = dict(TINY, device="cuda", dtype="bfloat16", compile=True, grad_accum=grad_accum)
     gpt.train(**settings)
     output = capsys.readouterr().out
@@ -2395,8 +2393,7 @@ def test_ctrl_c_while_a_model_is_loaded_ends_without_a_traceback(base, monkeypat
 
 ODD = [re.sub(f"[\r\0{END}\ufeff]", "", random_text(seed, 3000)) for seed in range(13)]
 DOCUMENTS = ["one\r\ntwo\rthree\r\r\nfour", "日本語 😀 e\u0301", b"bad \xff\xe2\x82 end",
-             b"\xff",
-             f"an {END}, a {UNK}", "\ufeffmark\ufeff", "UTF-16, é".encode("utf-16"),
+             b"\xff", f"an {END}, a {UNK}", "\ufeffmark\ufeff", "UTF-16, é".encode("utf-16"),
              b"a NUL \0", "", *ODD]
 CLEANED = ["one\ntwo\nthree\nfour", "日本語 😀 e\u0301", f"bad {UNK}{UNK} end", UNK,
            f"an {UNK}, a {UNK}", "mark\ufeff", "UTF-16, é", "", *ODD]
