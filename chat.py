@@ -1,9 +1,9 @@
 """Talk to a model that gpt.py trained.
 
-    python chat.py                     a base model continues your text, a fine-tuned one answers
-    python chat.py --prompt "The "     once, then exit
-    echo "The " | python chat.py       in a pipe
-    python chat.py --int8              weights in a quarter of the memory
+    python chat.py                     a model of texts continues yours, one of pairs answers
+    python chat.py --prompt "The "     does so once, then exits
+    echo "The " | python chat.py       reads from a pipe
+    python chat.py --int8              keeps its weights in a quarter of the memory
 """
 import os, sys, time
 import torch
@@ -12,6 +12,102 @@ import gpt
 HELP = "/why shows what else might have come, /clear forgets, /quit leaves, Ctrl-C stops an answer"
 
 
+# -------------------------------- the command line ----------------------------------------------
+def main(argv=None):
+    """Reads the flags, loads the model, and talks."""
+    parser = make_parser()
+    flags = parser.parse_args(argv)
+    try:
+        chat = load(flags)
+        if flags.prompt is None:
+            does = "answers" if chat.answers else "continues your text"
+            print(f"{flags.model} {does}; /help", file=sys.stderr)
+            talk(chat, flags.stats)
+        else:
+            end = "\n" if chat.answers else ""
+            print(gpt.printable(flags.prompt), end=end)
+            chat.show(flags.prompt, flags.stats)
+    except KeyboardInterrupt:
+        parser.exit(130)  # what a shell expects after Ctrl-C
+    except (ValueError, OSError) as error:
+        parser.error(error)
+    except (RuntimeError, MemoryError) as error:
+        if gpt.is_out_of_memory(error):
+            parser.error("out of memory: the model is too large here, so try --int8 or --device")
+        raise
+
+
+def make_parser():
+    parser = gpt.Parser(description="Talk to a model that gpt.py trained.", allow_abbrev=False)
+    parser.add_argument("--model", default="model.pkl", help="checkpoint (model.pkl)")
+    parser.add_argument("--prompt", help="continue or answer this, then exit")
+    parser.add_argument("--max_new_tokens", type=int, default=500, help="longest answer (500)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest (0.8)")
+    parser.add_argument("--top_k", type=int, default=0, help="choose among k; 0 is all (0)")
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31,
+                        help="same seed, same text")
+    parser.add_argument("--device", default=gpt.Config.device, help="cpu, cuda or mps")
+    parser.add_argument("--stats", action="store_true", help="show characters a second")
+    parser.add_argument("--int8", action="store_true", help="8 bits a weight")
+    return parser
+
+
+def load(flags):
+    """The chat that the flags ask for. ValueError or OSError for a user's mistake."""
+    for name, lowest in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
+        if not lowest <= getattr(flags, name) <= 2**31:
+            raise ValueError(f"--{name} must be from {lowest} to {2**31}")
+    torch.manual_seed(flags.seed)
+    if not os.path.exists(flags.model):
+        raise ValueError(f"{flags.model}: no such model; python gpt.py makes one")
+    model, tokenizer = gpt.load_model(flags.model, flags.device)
+    if flags.int8:
+        before = size_of(model)
+        quantize(model)
+        print(f"weights: {before:.1f} MiB, as int8 {size_of(model):.1f} MiB", file=sys.stderr)
+    return Chat(model, tokenizer, max_new_tokens=flags.max_new_tokens,
+                temperature=flags.temperature, top_k=flags.top_k)
+
+
+def talk(chat, stats):
+    """Answers lines until there are no more. Into a pipe, it prints the text and nothing else."""
+    try:
+        import readline  # noqa: F401  makes input() edit lines
+    except ImportError:
+        pass  # Windows has none
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    prompt = ""
+    if terminal:
+        prompt = "> "
+    for line in typed_lines(prompt):
+        if line == "/quit":
+            return
+        if line == "/clear":
+            chat.turns = []
+        elif line == "/why":
+            print("\n".join(chat.why()))
+        elif line == "/help":
+            print(HELP, file=sys.stderr)
+        elif line or not chat.answers:  # with an empty line, a base model goes on
+            if not terminal and not chat.answers:
+                print(gpt.printable(line), end="")  # from a pipe: nobody has seen it yet
+            chat.show(line, stats)
+
+
+def typed_lines(prompt):
+    """Yields what is typed, or comes from a pipe, line by line."""
+    while True:
+        try:
+            yield input(prompt)
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            break
+    if prompt:
+        print()
+
+
+# -------------------------------- a conversation ------------------------------------------------
 class Chat:
     """A conversation. A model remembers nothing: each time, it reads again what has been said. It
     sees at most block_size characters, and from time to time only the last half of them (see
@@ -43,8 +139,8 @@ class Chat:
         if self.answers or nothing_yet:
             ids.insert(0, self.tokenizer.end)  # a text begins after an END
         self.turns.append(ids)
-        # An answer has room if what is read before it fills at most half of what the model sees.
-        # Whole turns are dropped for that: half a question would get a wrong answer.
+        # Half of what the model sees is left for the answer, so old turns are dropped until the
+        # rest fits into the other half. They are dropped whole: half a question would mislead.
         half = self.config.block_size // 2
         while self.answers and len(self.turns) > 1 and len(self.context()) > half:
             del self.turns[0]
@@ -57,8 +153,8 @@ class Chat:
         return ids
 
     def answer(self, prompt):
-        """Yields the characters that follow prompt, fit for a terminal: those of an answer, until
-        END, or the text's continuation."""
+        """Yields the characters that follow prompt, made safe for a terminal. A model of pairs ends
+        its answer with END."""
         self.read(prompt)
         index = torch.tensor([self.context()]).to(self.config.device)
         for drawn in self.model.stream(index, **self.options):
@@ -88,7 +184,7 @@ class Chat:
     def why(self, length=12):
         """A line for each of the last characters of the conversation, typed or written: how likely
         the model found it, before temperature and top_k, and what else might have come. The loss of
-        a text is the mean of -ln(share) over such shares."""
+        a text is the mean of -ln(share) over these shares."""
         ids = self.context()[-self.config.block_size:]
         if len(ids) < 2:
             return ["nothing to explain yet"]
@@ -123,53 +219,12 @@ class Chat:
         return "█" * full + "·" * (10 - full)
 
 
-def typed_lines(prompt):
-    """Yields what is typed, or comes from a pipe, line by line, whatever its line ends are."""
-    while True:
-        try:
-            line = input(prompt)
-        except KeyboardInterrupt:
-            print()
-            continue
-        except EOFError:
-            break
-        text = gpt.clean(line + "\n")
-        yield from text[:-1].split("\n")
-    if prompt:
-        print()
-
-
-def talk(chat, stats):
-    """Answers lines until there are no more. Into a pipe goes the text and nothing else."""
-    try:
-        import readline  # noqa: F401  makes input() edit lines
-    except ImportError:
-        pass  # Windows has none
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    prompt = ""
-    if terminal:
-        prompt = "> "
-    for line in typed_lines(prompt):
-        if line == "/quit":
-            return
-        if line == "/clear":
-            chat.turns = []
-        elif line == "/why":
-            print("\n".join(chat.why()))
-        elif line == "/help":
-            print(HELP, file=sys.stderr)
-        elif line or not chat.answers:  # with an empty line, a base model goes on
-            if not terminal and not chat.answers:
-                print(gpt.printable(line), end="")  # from a pipe: it is not on screen
-            chat.show(line, stats)
-
-
 # -------------------------------- 8 bits a weight -----------------------------------------------
 class Int8Linear(torch.nn.Module):
     """An nn.Linear with 8 bits a weight, whole numbers from -127 to 127, and a scale for each row:
     a quarter of the memory. On a CPU, generation mostly waits for weights to come from memory.
-    8 bits lose nothing that can be measured here; 4, as in QLoRA (Dettmers et al. 2023), halve the
-    memory again, at some cost."""
+    With 8 bits, answers stay the same (a test asks for them); 4 bits, as in QLoRA (Dettmers et al.
+    2023), would halve the memory again, at some loss."""
 
     def __init__(self, linear):
         super().__init__()
@@ -196,7 +251,7 @@ class Int8Linear(torch.nn.Module):
 
 
 def quantize(model):
-    """Makes each nn.Linear an Int8Linear, in place; the rest, as embeddings, becomes bfloat16."""
+    """Makes each nn.Linear an Int8Linear, in place; all else (embeddings) becomes bfloat16."""
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear):
             model.set_submodule(name, Int8Linear(module))
@@ -209,73 +264,6 @@ def size_of(model):
     return sum(tensor.nbytes for tensor in tensors) / 2**20
 
 
-# -------------------------------- the command line ----------------------------------------------
-def make_parser():
-    parser = gpt.Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--model", default="model.pkl", help="checkpoint (model.pkl)")
-    parser.add_argument("--prompt", help="answer this and exit")
-    parser.add_argument("--max_new_tokens", type=int, default=500, help="longest answer (500)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is the likeliest (0.8)")
-    parser.add_argument("--top_k", type=int, default=0, help="choose among k; 0 is all (0)")
-    parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31,
-                        help="same seed, same text")
-    parser.add_argument("--device", default=gpt.Config.device, help="cpu, cuda or mps")
-    parser.add_argument("--stats", action="store_true", help="show characters a second")
-    parser.add_argument("--int8", action="store_true", help="8 bits a weight")
-    return parser
-
-
-def load(flags):
-    """The chat that the flags ask for. ValueError or OSError for a user's mistake."""
-    for name, lowest in (("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
-        if not lowest <= getattr(flags, name) <= 2**31:
-            raise ValueError(f"--{name} must be from {lowest} to {2**31}")
-    torch.manual_seed(flags.seed)
-    if not os.path.exists(flags.model):
-        raise ValueError(f"{flags.model}: no such model; python gpt.py makes one")
-    model, tokenizer = gpt.load_model(flags.model, flags.device)
-    if flags.int8:
-        before = size_of(model)
-        quantize(model)
-        print(f"weights: {before:.1f} MiB, as int8 {size_of(model):.1f} MiB", file=sys.stderr)
-    return Chat(model, tokenizer, max_new_tokens=flags.max_new_tokens,
-                temperature=flags.temperature, top_k=flags.top_k)
-
-
-def main(argv=None):
-    """The command line."""
-    parser = make_parser()
-    flags = parser.parse_args(argv)
-    try:
-        chat = load(flags)
-        if flags.prompt is None:
-            does = "answers" if chat.answers else "continues your text"
-            print(f"{flags.model} {does}; /help", file=sys.stderr)
-            talk(chat, flags.stats)
-        else:
-            end = "\n" if chat.answers else ""
-            print(gpt.printable(flags.prompt), end=end)
-            chat.show(flags.prompt, flags.stats)
-    except (ValueError, OSError) as error:
-        parser.error(error)
-    except (RuntimeError, MemoryError) as error:
-        if gpt.is_out_of_memory(error):
-            parser.error("out of memory: the model is too large here, so try --int8 or --device")
-        raise
-
-
-def open_stdin():
-    """A pipe may bring a text of another system: UTF-16, or with a byte-order mark."""
-    if sys.stdin.isatty() or not hasattr(sys.stdin, "buffer"):
-        return
-    start = sys.stdin.buffer.peek(2)
-    sys.stdin.reconfigure(encoding=gpt.encoding_of(start), errors="replace")
-
-
 if __name__ == "__main__":
-    gpt.open_streams()
-    open_stdin()
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)  # Ctrl-C while it loads
+    gpt.set_up_streams()
+    main()

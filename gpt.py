@@ -1,22 +1,22 @@
 """A character-level GPT in one file: it reads text character by character and learns to write more.
 
-    python gpt.py                    train on the documentation that Python carries
+    python gpt.py                    train on the documentation that comes with Python
     python gpt.py --data book.txt    train on any text; the same command again carries on
     python gpt.py --help             every setting below is a flag of the same name
     python chat.py                   talk to the model
 
 GPT stands for generative pre-trained transformer: it generates text, was trained on much of it
-beforehand, and its parts are those of the Transformer of 2017. What it writes should read like the
-text that it was trained on, without being a copy. The file follows the freeCodeCamp course "Create
-a Large Language Model from Scratch with Python". Part one is the lesson: what a GPT is and how it
-learns. Part two keeps a run safe and makes it fast; a first reading may skip it. Letters in
-comments are sizes, of things that are explained where they first appear:
+beforehand, and is built like the Transformer, a network published in 2017. What it writes should
+read like the text that it was trained on, without being a copy. The file follows the freeCodeCamp
+course "Create a Large Language Model from Scratch with Python". Part one is the lesson: what a GPT
+is and how it learns. Part two keeps a run safe and makes it fast; a first reading may skip it.
+Capital letters in comments stand for sizes, each of which is explained where it first matters:
     B  batch: texts worked on side by side      H  attention heads
     T  time: characters in each text            D  head size, C / H
     C  channels: numbers for each character     V  vocabulary: different characters
 """
-import argparse, atexit, codecs, inspect, json, math, os, re, shlex, shutil, signal, sys, time
-import warnings, zlib
+import argparse, atexit, codecs, inspect, io, itertools, json, math, os, platform, random, re
+import shlex, shutil, signal, sys, time, warnings, zipfile, zlib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import numpy as np
@@ -30,25 +30,25 @@ from tqdm import tqdm
 class Config:
     """The settings of a run, or hyperparameters: people choose these, while the parameters are what
     the model learns. From the lines below, dataclass makes an __init__, so that Config(n_layer=2)
-    changes one of them. ValueError names a setting that cannot work."""
-    data: str = ""                # text, folder of texts, .jsonl of pairs, or prepared folder
-    out: str = ""                 # checkpoint, the file of a model; "" is named after the data
-    init_from: str = ""           # checkpoint whose weights a new run starts from (fine-tuning)
-    batch_size: int = 32          # texts worked on at once: B
+    changes one of them. A value that cannot work raises a ValueError that names the setting."""
+    data: str = ""                # text file, folder of them, .jsonl of pairs, or prepared folder
+    out: str = ""                 # file of the trained model; if empty, named after the data
+    init_from: str = ""           # file of a trained model that a new run starts from (fine-tuning)
+    batch_size: int = 8           # texts worked on at once: B
     block_size: int = 128         # characters that the model sees at most: T
     grad_accum: int = 1           # batches that make up one training step
-    max_iters: int = 900          # training steps in all
+    max_iters: int = 3300         # training steps in all
     n_embd: int = 128             # numbers that describe each character: C
     n_head: int = 4               # attention heads: H
     n_layer: int = 4              # layers (class Block) on top of each other; 0: no attention
-    dropout: float = 0.1          # share of numbers turned off in training (see FeedForward)
+    dropout: float = 0.05         # share of numbers turned off in training (see FeedForward)
     optimizer: str = "adamw"      # adamw or muon, which move the weights (see make_optimizers)
     learning_rate: float = 3e-3   # size of a training step at its largest
-    weight_decay: float = 0.02    # how strongly weights are pulled to 0, against learning by heart
+    weight_decay: float = 0.2     # how strongly weights are pulled to 0, against learning by heart
     warmup_iters: int = 100       # steps in which the learning rate climbs; at most half of a run
     grad_clip: float = 1.0        # limit for gradients (see training_step); 0: no limit
-    eval_interval: int = 150      # steps between two evaluations, each of which saves
-    eval_iters: int = 10          # batches that an evaluation reads of each split
+    eval_interval: int = 550      # steps between two evaluations, each of which saves
+    eval_iters: int = 40          # batches of each split that an evaluation reads
     seed: int = 1337              # where the random numbers start
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or mps
     dtype: str = "float32"        # float32, or bfloat16: half the bits, faster on some machines
@@ -59,12 +59,12 @@ class Config:
 
 
 # -------------------------------- tokenizer and data --------------------------------------------
-END = "\x03"    # ASCII's "end of text" closes each document and answer: so the model learns to stop
+END = "\x03"    # ASCII's "end of text" comes after each document, so the model learns when to stop
 UNK = "\ufffd"  # Unicode's replacement character stands for whatever is not in the vocabulary
 
 
 class CharTokenizer:
-    """Turns characters into token ids and back (lesson: encoder and decoder are inverse maps).
+    """Turns characters into token ids and back (in the course: an encoder and a decoder).
     The vocabulary is the sorted set of characters, with END and UNK. It is small, but texts become
     long. With words it would be the reverse; subwords (byte-pair encoding, BPE, as in GPT-2) lie
     in between. The course has
@@ -73,7 +73,7 @@ class CharTokenizer:
     Here chars[id] is the character of an id. The other way is an array, since numpy looks up a
     whole text in an array at once: code_to_id[104] is the id of "h", as 104 is the code of "h",
     its number in Unicode.
-    ValueError if there are more characters than 2 bytes can number."""
+    ValueError if there are more than 65,536 different characters."""
 
     def __init__(self, chars):
         self.chars = "".join(sorted(set(chars) | {END, UNK}))
@@ -83,19 +83,14 @@ class CharTokenizer:
                              f"{2**16:,} (prepare_owt.py --min_count makes rare ones unknown)")
         self.end = self.chars.index(END)
         self.unk = self.chars.index(UNK)
-        # Every code of Unicode first gets UNK's id, then those of the vocabulary get their own.
+        # First UNK's id for every character of Unicode, then those of the vocabulary get their own.
         self.code_to_id = np.full(sys.maxunicode + 1, self.unk, np.uint16)
         codes = [ord(char) for char in self.chars]
         self.code_to_id[codes] = np.arange(self.vocab_size)
 
     def encode(self, text):
         """str -> ids, 1-D uint16. Characters outside the vocabulary become UNK; it never fails."""
-        # UTF-32 writes each character as its code, in 4 bytes, and frombuffer reads such bytes as
-        # numbers: "hi" is 104, 105. (With surrogatepass, halves of characters, as broken texts may
-        # have them, do not make it fail.)
-        utf32 = text.encode("utf-32-le", "surrogatepass")
-        codes = np.frombuffer(utf32, np.uint32)
-        return self.code_to_id[codes]
+        return self.code_to_id[codes_of(text)]  # codes_of, in part two: "hi" is 104, 105
 
     def decode(self, ids):
         """Ids, a list or an integer array -> str."""
@@ -104,26 +99,32 @@ class CharTokenizer:
 
 def load_data(config, chars=""):
     """The corpus that config.data names -> ({"train": ids, "val": ids}, tokenizer); 1-D uint16 ids.
-    Without a name, it is the documentation that every CPython carries, half a million characters.
+    Without a name, it is the documentation that comes with Python, half a million characters.
     The first 90 % are for training, the rest for validation: an exam needs questions that the
-    homework did not have, or learning by heart would look like learning. A corpus larger than
-    memory is a folder that prepare_owt.py wrote, and its ids stay on the disk until they are used.
-    chars: the vocabulary of a model to start from, if any.
+    homework did not have, or learning by heart would look like learning.
+    chars: the vocabulary, if there is a model already, which knows no other characters.
     ValueError if the corpus is too short or damaged, OSError if it cannot be read."""
-    if kind_of(config.data) == "prepared folder":                # rare: a first reading may skip it
-        splits, tokenizer = open_prepared(config.data)           # in part two
+    kind = kind_of(config.data)  # this, and whatever reads files, is in part two
+    if kind == "prepared folder":
+        # From prepare_owt.py, for a corpus larger than memory: its ids stay on the disk.
+        splits, tokenizer = open_prepared(config.data)
+        found = tokenizer.chars
+    elif kind == "pairs":
+        # Prompts with their answers, for fine-tuning.
+        pairs = read_pairs(config.data)
+        found = characters_of(pairs)
+        train, val = split_pairs(pairs, config.seed)
+        tokenizer = CharTokenizer(chars or found)
+        splits = {"train": encode_pieces(train, tokenizer), "val": encode_pieces(val, tokenizer)}
     else:
-        texts = read_documents(config.data)                      # in part two: a list of them
-        text = "".join(document + END for document in texts)
-        del texts                                                # they may take much memory
-        tokenizer = CharTokenizer(chars or text)
-        ids = tokenizer.encode(text)
-        report_unknown(text, ids, tokenizer)                     # in part two
+        # A text is read twice, in pieces: for its characters, and then for their ids.
+        found = characters_of(read_documents(config.data))
+        tokenizer = CharTokenizer(chars or found)
+        ids = encode_pieces(read_documents(config.data), tokenizer)
         cut = int(0.9 * len(ids))
-        if kind_of(config.data) == "pairs":                      # prompts with their answers:
-            cut = text.rfind(END, 0, cut) + 1                    # back to where a pair ends
         splits = {"train": ids[:cut], "val": ids[cut:]}
-    fit_blocks(splits, config)                                   # in part two: is it long enough?
+    report_unknown(found, splits, tokenizer)
+    fit_blocks(splits, config)  # is it long enough?
     return splits, tokenizer
 
 
@@ -137,13 +138,13 @@ def get_batch(data, config, starts):
     that integers met decimal numbers. If shapes do not fit, print(x.shape) is the first thing to
     try.
     starts: B places, an array."""
-    # With T = 2, starts 5 and 9 read the places 5, 6, 7 and 9, 10, 11: a column of starts plus the
-    # row 0, 1, 2 makes this table, with a row for each text.
+    # With T = 2, starts 5 and 9 read the places 5, 6, 7 and 9, 10, 11. A column of starts plus a
+    # row of 0, 1, 2 is a table of these places, with a row for each text.
     offsets = np.arange(config.block_size + 1)
     places = starts[:, None] + offsets          # (B, 1) + (T + 1,) -> (B, T + 1)
     ids = data[places].astype(np.int64)         # the id at each place; only these are read
     blocks = torch.from_numpy(ids)
-    if config.device == "cuda":                 # pinned memory: the GPU fetches it by itself, while
+    if config.device == "cuda":                 # pinned memory can be copied to the GPU while
         blocks = blocks.pin_memory()            # Python goes on
     blocks = blocks.to(config.device, non_blocking=True)
     return blocks[:, :-1], blocks[:, 1:]
@@ -156,11 +157,11 @@ class Head(nn.Module):
     key what it contains, its value what it passes on. MultiHeadAttention, the next class, makes
     them from what is known of the character, with weights that are learned. The dot product of a
     query and a key (multiply number by number, then add up) is a score for how well the two fit.
-    The scores become shares, and each character takes that mixture of the values. A recurrent
-    network carries the past along step by step; here all positions look back at once, which is
-    what GPUs are good at.
+    The scores become shares, and each character takes that mixture of the values. Older networks,
+    called recurrent, read one character after the other; here all positions look back at the same
+    time, which is what GPUs are good at.
     q, k, v: (B, H, T, D), the queries, keys and values of all texts and heads, in one call. The
-    course has a module for each head: the same numbers, more slowly."""
+    course has a module for each head, which computes the same, only more slowly."""
 
     def written_out(self, q, k, v):
         """What forward computes, step by step, for reading and for trying out with print."""
@@ -184,9 +185,9 @@ class Head(nn.Module):
 
     def forward(self, q, k, v):
         # The same in one call, which on most devices never stores the T x T scores. is_causal is
-        # the mask. (In generation, q is often the newest character's alone, while k and v are those
-        # of all characters so far: it may see them all.)
-        several = q.shape[-2] > 1
+        # the mask. (When the model writes, there is often a single query, the newest character's,
+        # which may see all keys.)
+        several = bool(q.shape[-2] > 1)
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=several)
 
 
@@ -203,7 +204,7 @@ class MultiHeadAttention(nn.Module):
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd {config.n_embd} must be divisible by n_head {config.n_head}")
         self.n_head = config.n_head
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # as in the course
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # no bias in the course
         self.head = Head()
         self.proj = nn.Linear(config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
@@ -214,8 +215,8 @@ class MultiHeadAttention(nn.Module):
         D = C // H
         # One product makes the queries, keys and values of all heads, side by side.
         q, k, v = self.qkv(x).split(C, dim=2)        # (B, T, 3 C) -> (B, T, C) each
-        # C is cut into H pieces of D; then T and H change places: each head gets a (T, D). (One
-        # view to (B, H, T, D) would keep the order in memory, and so mix up the characters.)
+        # C is cut into H pieces of D; then T and H change places: each head gets a (T, D). (view
+        # alone only counts the numbers off anew, in their order: it cannot change places.)
         q = q.view(B, T, H, D).transpose(1, 2)       # (B, T, C) -> (B, T, H, D) -> (B, H, T, D)
         k = k.view(B, T, H, D).transpose(1, 2)
         v = v.view(B, T, H, D).transpose(1, 2)
@@ -237,8 +238,9 @@ class FeedForward(nn.Sequential):
     """Linear, ReLU, Linear: each character thinks about what it has seen. (B, T, C) -> (B, T, C),
     with 4 C in between, as is custom. A Sequential runs its modules in turn: that is its forward.
     ReLU makes negative numbers 0; without it, two linear maps would be one, since A(Bx) = (AB)x.
-    (Sigmoid and tanh bend too, but are flat for large inputs, where little can be learned.) Dropout
-    turns off random activations (numbers between layers) in training: none can rely on another."""
+    (Sigmoid and tanh are no straight lines either, but nearly flat for large inputs, where little
+    can be learned.) Dropout turns off random activations (numbers between layers) in training, so
+    that none can rely on another being there."""
 
     def __init__(self, config):
         super().__init__(nn.Linear(config.n_embd, 4 * config.n_embd),
@@ -250,13 +252,13 @@ class FeedForward(nn.Sequential):
 class Block(nn.Module):
     """Attention, then feed-forward: one layer of the model. (B, T, C) -> (B, T, C).
     Each result is added to its input. This is called a residual: what was known is kept, and each
-    layer only adds to it. (Gradients, by which a model learns, pass through a sum unchanged, so the
-    first layers learn as soon as the last.) A norm follows each sum: it brings each character's C
-    numbers to mean 0 and variance 1, so that they keep one scale from layer to layer. Then it
-    multiplies each by a number and adds another; these are learned, in case other scales serve
-    better. This order is post-norm, as in the course. GPT-2 uses pre-norm, x + sublayer(norm(x)),
-    which is easier to train; with post-norm, gradients are large at first, so training has to begin
-    with small steps (see learning_rate).
+    layer only adds to it. (Gradients, by which a model learns, come back through a sum as well as
+    through the layer beside it, so that they do not fade on the way to the first layers.) A norm
+    follows each sum: it brings each character's C numbers to mean 0 and variance 1, so that they
+    keep one scale from layer to layer. Then it multiplies each by a number and adds another; these
+    are learned, in case other scales serve better. This order is post-norm, as in the course. GPT-2
+    uses pre-norm, x + sublayer(norm(x)), which is easier to train; with post-norm, gradients are
+    large at first, so training has to begin with small steps (see learning_rate).
     The first Transformer was a translator: an encoder read one language, a decoder wrote the other
     and also looked at what the encoder had read (cross-attention). This is the decoder alone."""
 
@@ -275,9 +277,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The model: for each character of a text, it scores each character that could come next.
     An embedding is a table with a row of C numbers for each id: what the model knows of that
-    character. Attention compares characters, but does not see where they stand, so each position
-    has a row as well. All these numbers start at random and are learned. (The first Transformer
-    computed those of its positions, with sines.)"""
+    character. Attention compares characters, but does not see where they stand, so a second table
+    has a row for each position. All these numbers start at random and are learned. (The first
+    Transformer computed the rows of its positions with sines.)"""
 
     def __init__(self, config, vocab_size):
         super().__init__()
@@ -318,18 +320,18 @@ class GPT(nn.Module):
         loss = nn.functional.cross_entropy(scores, targets.flatten())
         return logits, loss
 
-    @torch.inference_mode()  # keeps nothing that only learning needs
+    @torch.inference_mode()  # keeps nothing for backward, which only training needs
     def stream(self, index, max_new_tokens, temperature=1.0, top_k=None):
-        """Continues index, int64 (B, T) with T >= 1, by one new character at a time, (B, 1): yield
-        hands it out, and goes on from there when the next one is asked for.
+        """Continues index, int64 (B, T) with T >= 1, by one new character at a time, (B, 1). yield
+        hands it out; when the next one is asked for, the function goes on from there.
         temperature and top_k: see draw.
         cache keeps the keys and values of what was read, so that only the newest character has to
-        be read. They stay right, because each character sees only those before it, in every layer:
+        be read. They stay valid, because each character sees only those before it, in every layer:
         what comes later changes nothing in what an earlier one knows.
-        The model sees block_size characters. When there is one too many, only the last half is
-        kept, and its first character now stands at position 0. A key is made from a character and
-        its position, so those in the cache are wrong now: the half is read again, into an empty
-        cache. That happens once in half a block, however long the text is."""
+        The model sees block_size characters. When the text gets one too long, only its last half is
+        kept. These characters then have new positions, from 0 on, and a key is made from a
+        character and its position. So the keys in the cache no longer hold, and the half is read
+        again, into an empty one. This happens once in block_size / 2 characters."""
         index = index[:, -self.config.block_size:]              # crop to what the model can see
         cache = {}
         start = 0                                               # position of the first one to read
@@ -353,8 +355,8 @@ class GPT(nn.Module):
 def draw(logits, temperature=1.0, top_k=None):
     """Scores (B, V) -> the id of one character for each text, int64 (B, 1).
     A temperature below 1 makes likely characters likelier, one above 1 evens them out, and 0 takes
-    the likeliest. top_k allows only the k likeliest. Of two that are equally likely, the first in
-    the vocabulary is preferred."""
+    the likeliest. top_k allows only the k likeliest. (Of several that are equally likely, these two
+    take what comes first in the vocabulary.)"""
     if temperature < 1e-6:  # dividing by it would fail
         return logits.argmax(dim=-1, keepdim=True)
     shares = (logits.float() / temperature).softmax(dim=-1)
@@ -368,7 +370,7 @@ def draw(logits, temperature=1.0, top_k=None):
 # -------------------------------- learning ------------------------------------------------------
 def autocast(config):
     """With dtype bfloat16, matrix products use 16 bits, faster where the processor has instructions
-    for them. What needs more digits (norm, softmax, loss) stays float32: PyTorch has a list."""
+    for them. PyTorch knows what needs more digits (norm, softmax, loss) and keeps it in float32."""
     return torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
@@ -376,10 +378,11 @@ def autocast(config):
 def estimate_loss(model, splits, config):
     """Mean loss of each split, over eval_iters batches: {"train": float, "val": float}.
     The batches are spread evenly over the split and the same every time, so that two evaluations
-    can be compared. eval() turns dropout off, train() on again; no_grad() saves work that only
-    learning needs. Overfitting is when train keeps falling while val rises: it learns by heart.
-    More text, more dropout, a smaller model or fewer steps help, and the weights with the lowest
-    val are kept."""
+    can be compared. eval() turns dropout off, train() on again, if it was on; no_grad() keeps
+    nothing for backward, which only training needs. Overfitting is when train keeps falling while
+    val rises: it learns by heart. More text, more dropout, a smaller model or fewer steps help.
+    (train, in part two, keeps the weights with the lowest val.)"""
+    was_training = model.training
     model.eval()
     means = {}
     for name, data in splits.items():
@@ -393,7 +396,7 @@ def estimate_loss(model, splits, config):
                 _, loss = model(x, y)
             losses.append(loss.item())
         means[name] = sum(losses) / len(losses)
-    model.train()
+    model.train(was_training)
     return means
 
 
@@ -407,13 +410,13 @@ def make_optimizers(model, config):
     Gradients that are always 5, or always 0.005, give 5 / 5 or 0.005 / 0.005: so all weights move
     at a similar pace. (Left out: a correction while the averages are young, and a tiny number that
     keeps the division from failing.) 0.9 and 0.99 are its betas. The W (Loshchilov and Hutter 2017)
-    is weight decay, which is separate from this: matrices also shrink a little each time, since it
-    takes large weights to learn single examples by heart. fused: one call moves all weights."""
+    is weight decay, which is separate from this: matrices also shrink a little each time, since
+    learning single examples by heart needs large weights. fused=True is faster."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms are not shrunk
     muon = []
     if config.optimizer == "muon":  # an option, in part two: another optimizer for the blocks
-        matrices, muon = make_muon(model, config)
+        matrices, muon = make_muon(model, matrices, config)
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.99), fused=True)
@@ -422,23 +425,23 @@ def make_optimizers(model, config):
 
 def learning_rate(step, config):
     """How far a step of gradient descent goes: too far overshoots, too short crawls. It climbs
-    while the optimizer's averages are still guesses, then falls to a tenth, to settle: the cosine
-    goes from 1 to -1, and with it the factor from 1 to 0.1. To find a good rate, try a few, each 3
-    times the last, for some hundred steps, and look at the losses."""
+    while gradients are large and the optimizer's averages still guesses, then falls in a line
+    towards 0, to settle. To
+    find a good rate, try a few, each 3 times the last, for some hundred steps, and look at the
+    losses."""
     warmup = min(config.warmup_iters, config.max_iters // 2)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / (config.max_iters - warmup)  # from 0 to 1
-    factor = 0.55 + 0.45 * math.cos(math.pi * progress)
-    return config.learning_rate * factor
+    rest = (config.max_iters - step) / (config.max_iters - warmup)  # what is left, from 1 to 0
+    return config.learning_rate * rest
 
 
 def training_step(model, optimizers, batches, config, step):
-    """One step of gradient descent: forward, backward, step. Returns the mean loss, a tensor.
+    """One step of gradient descent: forward, backward, step. Returns the batches' mean loss.
     backward finds the gradients of all weights in one pass, from the loss back to the first layer,
     by the chain rule, and leaves each in weight.grad, where the optimizer finds it.
-    batches: [(seed for dropout, x, y), ...]. More than one is gradient accumulation: their
-    gradients add up to those of one large batch, too large for the memory."""
+    batches: a list of tuples, (seed for dropout, x, y). With more than one, this is gradient
+    accumulation: their gradients add up to those of one batch that memory could not hold."""
     total = 0.0
     for seed, x, y in batches:
         torch.manual_seed(seed)  # so that the step can be repeated, with the same dropout
@@ -457,13 +460,13 @@ def training_step(model, optimizers, batches, config, step):
         for group in optimizer.param_groups:  # those of make_optimizers
             group["lr"] = rate
         optimizer.step()
-        optimizer.zero_grad()  # backward adds to the gradients that are there: none for the next
+        optimizer.zero_grad()  # since backward adds to what is there: the next step starts from 0
     return total
 
 
 def learn(model, splits, config):
-    """Training, whole: again and again a batch and a step, and now and then a look at the losses.
-    python gpt.py runs train, in part two: this loop, with what a long run needs besides."""
+    """The whole of training: again and again a batch and a step, and now and then a look at the
+    losses. (python gpt.py runs train, in part two: the same loop, and what a long run needs.)"""
     optimizers = make_optimizers(model, config)
     data = splits["train"]
     for step in range(config.max_iters):
@@ -471,13 +474,14 @@ def learn(model, splits, config):
             print(step, estimate_loss(model, splits, config))
         starts = np.random.randint(len(data) - config.block_size, size=config.batch_size)
         x, y = get_batch(data, config, starts)
-        training_step(model, optimizers, [(step, x, y)], config, step)
+        batch = (step, x, y)  # the step is a seed for dropout as good as any
+        training_step(model, optimizers, [batch], config, step)
 
 
-# That is all that a GPT is, and how it learns. A first reading may stop here.
+# Here the lesson ends: this is all that a GPT is, and how it learns. A first reading may stop here.
 # ================================ Part two: the craft ===========================================
-# It reads what users really have, keeps a run safe and makes it fast. Each function says first
-# which trouble it is there for.
+# This part keeps a run safe and makes it fast. It goes from the whole to its parts: first a run,
+# then what a run is made of, so that a reader may stop after any section.
 
 # One process can use one GPU. torchrun, PyTorch's starter, runs WORLD processes that train one
 # model together, on one machine or several, and gives each a number, its RANK. A process started
@@ -485,180 +489,200 @@ def learn(model, splits, config):
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+STOP = []  # the signals that have asked this program to end: see ask_to_stop
 
 
-# -------------------------------- reading texts -------------------------------------------------
-def kind_of(path):
-    """What --data names. All that reads a corpus, or speaks of it, asks here."""
-    if not path:
-        return "Python's documentation"
-    if Path(path, "vocab.json").exists():
-        return "prepared folder"
-    if os.path.isdir(path):
-        return "folder of texts"
-    if path.lower().endswith((".jsonl", ".ndjson")):
-        return "pairs"
-    return "text"
-
-
-def encoding_of(data):
-    """The encoding of a text that begins with these bytes: UTF-8, or UTF-16 if it begins with that
-    one's byte-order mark, as Windows writes it. Python drops the mark when it decodes."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "utf-16"
-    return "utf-8-sig"
-
-
-def clean(text):
-    """Line ends differ between systems, and a model would learn them as characters: all become
-    "\\n". An END inside a text becomes UNK, since it means that the text is over."""
-    if "\r" in text:
-        for line_end in ("\r\r\n", "\r\n", "\r"):
-            text = text.replace(line_end, "\n")
-    return text.replace(END, UNK)
-
-
-def read_text(path):
-    """A file that is not text would be learned all the same, as noise. ValueError says where bytes
-    are neither UTF-8 nor UTF-16, or where a NUL (which no text has) shows that this is no text."""
-    data = Path(path).read_bytes()
-    advice = "save it as UTF-8, or use prepare_owt.py for an archive"
+# -------------------------------- a run ---------------------------------------------------------
+def train(**settings):
+    """Trains a model, or carries on with the checkpoint out. Returns it with its best weights,
+    in eval mode. train(data="book.txt", max_iters=500) is python gpt.py --data book.txt --max_iters
+    500. Each evaluation saves. A run that is stopped without warning loses the steps since the last
+    evaluation. Started again it repeats them, and on a CPU it ends with exactly the weights of a
+    run that was never stopped. (main sees to it that Ctrl-C saves as well.)
+    A user's mistake raises ValueError, OSError or MemoryError with a message of one line."""
+    join_processes()
+    config, saved, carries_on = choose_settings(settings)
     try:
-        text = data.decode(encoding_of(data))
-    except UnicodeDecodeError as error:
-        before = error.object[: error.start]
-        line = before.count(b"\n") + 1
-        raise ValueError(f"{path}, line {line:,}: this is no text in {error.encoding}; {advice}")
-    if "\0" in text:
-        before, _, _ = text.partition("\0")
-        line = before.count("\n") + 1
-        raise ValueError(f"{path}, line {line:,}: a NUL, so this is no text; {advice}")
-    return clean(text)
+        run = Run(config, saved, carries_on)
+        run.introduce()
+        do_steps(run)
+        run.model.load_state_dict(run.best)
+        run.report()
+    except (RuntimeError, MemoryError) as error:
+        explain(error, config)
+        raise
+    return run.model.eval()
 
 
-def read_pairs(path):
-    """A list of prompts with their answers, each pair joined by a line end: from a file that has
-    {"prompt": ..., "completion": ...} on each line. ValueError names a line that has not."""
-    pairs = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            pair = json.loads(line)
-        except (ValueError, RecursionError):
-            raise ValueError(f"{where}: this is no JSON: {line[:60]}")
-        if not isinstance(pair, dict):
-            raise ValueError(f"{where}: no object with prompt and completion: {line[:60]}")
-        texts = [pair.get("prompt"), pair.get("completion")]
-        for text in texts:
-            if not isinstance(text, str) or "\0" in text:
-                raise ValueError(f"{where}: prompt and completion must be texts; the keys here are "
-                                 f"{', '.join(pair)}")
-        pairs.append(clean("\n".join(texts)))
-    return pairs
+def do_steps(run):
+    """The loop, with a bar that counts characters. Asked to stop, it saves after the step."""
+    config = run.config
+    characters = config.batch_size * config.grad_accum * config.block_size  # of a step
+    hidden = None  # for tqdm this means: hide the bar unless there is a terminal
+    if RANK > 0:
+        hidden = True
+    with tqdm(total=config.max_iters, initial=run.step, unit="char", unit_scale=characters,
+              dynamic_ncols=True, disable=hidden) as bar:
+        while run.step < config.max_iters:
+            if run.evaluation_is_due():
+                run.evaluate()
+            batches = list(draw_batches(run.splits["train"], config, run.step))
+            loss = training_step(run.fast_model, run.optimizers, batches, config, run.step)
+            run.step += 1
+            if STOP:  # save before anything is shown: the terminal may be gone
+                run.save()
+                return
+            bar.update()
+            if run.step % 10 == 0 and not bar.disable:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+        if run.evaluation_is_due():
+            run.evaluate()
 
 
-def read_folder(folder):
-    """A list of the texts in a folder and in its folders; what is not read is said."""
-    texts = []
-    others = 0
-    for path in sorted(Path(folder).rglob("*")):
-        if path.is_dir() or path.name.startswith("._"):  # macOS writes ._ files beside others
-            continue
-        if path.suffix.lower() == ".txt":
-            texts.append(read_text(path))
+def draw_batches(data, config, step):
+    """Yields (seed, x, y) for this process's batches of a step: of two processes, the first takes
+    batches 0, 2, 4 and so on. All random numbers follow from the run's seed and the step. So a run
+    that carries on draws the same batches, and so do several processes together."""
+    draw = np.random.default_rng((config.seed, step))
+    size = (config.grad_accum, config.batch_size)
+    starts = draw.integers(0, len(data) - config.block_size, size)
+    seeds = draw.integers(0, 2**62, config.grad_accum)  # for dropout
+    for number in range(RANK, config.grad_accum, WORLD):
+        x, y = get_batch(data, config, starts[number])
+        yield int(seeds[number]), x, y
+
+
+class Run:
+    """What a run of training is made of, and what it can do: evaluate, save, report."""
+
+    def __init__(self, config, saved, carries_on):
+        self.config = config
+        self.is_new = not carries_on  # nothing has been written to config.out yet
+        self.splits, self.tokenizer = load_data(config, saved.get("chars", ""))
+        self.corpus = fingerprint(self.splits)
+        if saved and self.tokenizer.chars != saved["chars"]:  # an id must keep its meaning
+            raise ValueError(f"{config.data} was prepared with another vocabulary than the model's")
+        self.model, self.optimizers, self.fast_model = build(config, self.tokenizer.vocab_size)
+        self.step = 0     # how many steps it has done
+        self.losses = {}  # {step: {"train": loss, "val": loss}}
+        self.best = {}    # the best weights so far: {name: tensor}
+        if carries_on:
+            self.carry_on(saved)
+        elif saved:
+            self.model.load_state_dict(saved["best"])
+
+    def carry_on(self, saved):
+        """Takes over what the checkpoint holds. ValueError if it was trained on another text."""
+        config = self.config
+        if saved["corpus"] != self.corpus:
+            cause = f"{config.data} has changed, or is another text"
+            if not config.data:
+                old = saved.get("python", "another version")
+                cause = (f"it was trained on the documentation of Python {old}, and this is that "
+                         f"of Python {platform.python_version()}")
+            raise ValueError(f"{config.out} cannot carry on: {cause}; choose another --out, and "
+                             f"--init_from {config.out} to start from its weights")
+        restore(self.optimizers, saved["optimizer"], config.out)
+        self.model.load_state_dict(saved["model"])
+        self.step = saved["step"]
+        self.losses = saved["losses"]
+        self.best = saved["best"]
+
+    def evaluation_is_due(self):
+        """Every eval_interval steps and at the end, unless it was done before the run stopped."""
+        regular = self.step % self.config.eval_interval == 0
+        last = self.step == self.config.max_iters
+        return (regular or last) and self.step not in self.losses
+
+    def evaluate(self):
+        """Estimates the losses, saves, and prints a line that ends with what the model writes."""
+        losses = estimate_loss(self.model, self.splits, self.config)
+        self.losses[self.step] = losses
+        self.save()
+        text = sample(self.model, self.tokenizer, 60)
+        line = " ".join(text.split())
+        numbers = f"train {losses['train']:.4f}   val {losses['val']:.4f}"
+        tqdm.write(f"step {self.step:6,d}   {numbers}   {line}")
+
+    def best_step(self):
+        """The step whose weights chat.py gets: the one with the lowest val. Step 0 does not count,
+        as nothing was learned then; if there is no other evaluation yet, it is the latest step.
+        For pairs, it is always the latest: there, val asks for facts that are not in train, so it
+        rises while the model learns, and is lowest where it has learned least."""
+        vals = {step: losses["val"] for step, losses in self.losses.items() if step > 0}
+        if kind_of(self.config.data) == "pairs" or not vals:
+            return self.step
+        return min(vals, key=vals.get)
+
+    def save(self):
+        """Saves all that the run needs to carry on. Where the learning rate is too
+        high, weights become infinite or nan, and saving them would ruin the file: ValueError. A new
+        run does not write over a file that has appeared since it began: OSError."""
+        config = self.config
+        weights = self.model.state_dict()
+        vals = torch.tensor([losses["val"] for losses in self.losses.values()])
+        if not are_finite([vals, *weights.values()]):
+            raise ValueError(f"step {self.step}: the loss or a weight is no longer a number, so "
+                             "this was not saved: lower --learning_rate")
+        if self.best_step() == self.step:
+            # A copy, since the next step changes the weights in place.
+            self.best = {name: tensor.clone() for name, tensor in weights.items()}
+        if RANK > 0:
+            return
+        if self.is_new and os.path.exists(config.out):
+            raise OSError(f"{config.out} was made by another run since this one began, so it is "
+                          "left alone: name another --out")
+        kept = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
+        save_checkpoint(config.out, dict(
+            config=asdict(config), chars=self.tokenizer.chars, corpus=self.corpus,
+            python=platform.python_version(), step=self.step, losses=self.losses, model=weights,
+            best=self.best, optimizer=kept))
+        self.is_new = False
+
+    def introduce(self):
+        """The first lines: what trains on what."""
+        config = self.config
+        device = config.device
+        if device == "cuda":
+            device = torch.cuda.get_device_name()
+        count = sum(p.numel() for p in self.model.parameters())
+        name = config.data or "built in"
+        progress = f"at step {self.step:,} of {config.max_iters:,}"
+        print(f"corpus  {name}: {describe(self.splits, self.tokenizer, config)}")
+        print(f"model   {config.out}: {count:,} parameters, {progress}, on {device} in "
+              f"{config.dtype}")
+        if config.compile and self.step < config.max_iters:
+            print("the first step compiles, which can take a minute")
+
+    def report(self):
+        """The last lines: how it went, and what to do next."""
+        config = self.config
+        vals = {step: losses["val"] for step, losses in self.losses.items()}
+        if vals:
+            last = vals[max(vals)]
+            best = vals.get(self.best_step(), last)
+            print(f"losses  last {last:.4f}, best {best:.4f}   {curve(list(vals.values()))}")
+        if config.device == "cuda":
+            gib = torch.cuda.max_memory_allocated() / 2**30
+            print(f"memory  {gib:.2f} GiB of the GPU at most")
+        print(sample(self.model, self.tokenizer, 500))
+        if self.step < config.max_iters:
+            print(f"\nstopped at step {self.step:,}; the same command carries on")
         else:
-            others += 1
-    if not texts:
-        raise ValueError(f"{folder}: neither .txt files nor the vocab.json of prepare_owt.py")
-    if others:
-        print(f"{folder}: {others:,} files do not end in .txt and are not read")
-    return texts
-
-
-def read_documents(path):
-    """A list of texts: the whole of a text file, the texts of a folder, a .jsonl's pairs."""
-    kind = kind_of(path)
-    if kind == "Python's documentation":
-        from pydoc_data.topics import topics
-        return [clean(text) for text in topics.values()]
-    if kind == "folder of texts":
-        return read_folder(path)
-    if kind == "pairs":
-        return read_pairs(path)
-    return [read_text(path)]
-
-
-def open_prepared(folder):
-    """The folder of prepare_owt.py -> (splits, tokenizer). An array of np.memmap looks like any
-    other, but reads from its file only what is used, so that a corpus may be larger than memory.
-    ValueError if the files do not belong together: if one was cut, or comes from another folder,
-    a run would learn nonsense. (A checksum is a number that changes when a file does.)"""
-    folder = Path(folder)
-    vocabulary = (folder / "vocab.json").read_bytes()
-    try:
-        corpus = json.loads((folder / "corpus.json").read_bytes())
-        fits = corpus["checksum"] == zlib.crc32(vocabulary)
-        for name in ("train", "val"):
-            size = (folder / f"{name}.bin").stat().st_size
-            fits = fits and size == 2 * corpus[name]  # 2 bytes for each id
-    except (ValueError, TypeError, KeyError):
-        fits = False
-    if not fits:
-        raise ValueError(f"{folder}: its files are damaged or do not belong together; run "
-                         "prepare_owt.py again")
-    splits = {}
-    for name in ("train", "val"):
-        if corpus[name] > 0:  # a file of nothing cannot be mapped
-            splits[name] = np.memmap(folder / f"{name}.bin", np.uint16, "r")  # r: read only
-        else:
-            splits[name] = np.zeros(0, np.uint16)
-    return splits, CharTokenizer(json.loads(vocabulary))
-
-
-def report_unknown(text, ids, tokenizer):
-    """A model that was trained on other characters reads all new ones as UNK, and would never learn
-    to tell them apart: so they are named."""
-    is_unknown = ids == tokenizer.unk
-    if not is_unknown.any():
-        return
-    unknown = sorted(set(text) - set(tokenizer.chars))
-    if unknown:
-        some = printable(" ".join(unknown[:20]))
-        print(f"unknown {np.mean(is_unknown):.1%} of the text are characters that this model never "
-              f"saw: {some}")
-
-
-def load_corpus(config, chars=""):
-    """load_data, for which a text may be too large: ValueError then says what helps."""
-    try:
-        return load_data(config, chars)
-    except MemoryError:
-        raise ValueError(f"{config.data} does not fit in memory: prepare_owt.py makes a folder of "
-                         "it that is read in place")
-
-
-def fit_blocks(splits, config):
-    """A split must be longer than a block. Where there are few pairs, they are repeated until it
-    is: for a block of 128, there are 3 copies of 50 ids. ValueError for any other short text."""
-    for name, ids in splits.items():
-        if kind_of(config.data) == "pairs" and len(ids) > 0:
-            copies = 1 + config.block_size // len(ids)
-            splits[name] = np.tile(ids, copies)
-        elif len(ids) < 2:
-            raise ValueError(f"{config.data}: too short for a {name} split")
-        elif len(ids) <= config.block_size:
-            raise ValueError(f"{config.data}: the {name} split has {len(ids):,} characters, which "
-                             f"is too short for block_size {config.block_size}: try "
-                             f"--block_size {len(ids) - 1}")
+            print(f"\nfinished at step {self.step:,}; for more, raise --max_iters")
+        command = f"python chat.py --model {shlex.quote(config.out)}"
+        print(f"weights of step {self.best_step():,}: {command}")
 
 
 # -------------------------------- settings ------------------------------------------------------
 # What a model is made of, which stays as it is for as long as the model lives.
 ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer")
-# What belongs to a machine: a checkpoint may come from another one, so it does not decide these.
-OF_THE_MACHINE = ("out", "device", "dtype", "compile")
+# What is not taken over from a checkpoint: another machine may carry on, under another file name.
+NOT_HANDED_DOWN = ("out", "device", "dtype", "compile")
+# What may change while a run carries on. (batch_size and grad_accum may change as long as their
+# product, the number of texts in a step, stays. data may be another path to the same text.)
+MAY_CHANGE = (*NOT_HANDED_DOWN, "data", "max_iters", "eval_interval", "eval_iters", "batch_size",
+              "grad_accum")
 CHOICES = {"optimizer": ("adamw", "muon"),
            "device": ("cpu", "cuda", "mps"),
            "dtype": ("float32", "bfloat16")}
@@ -687,19 +711,15 @@ def check(config):
                 raise ValueError(f"{name} must be from {lowest} to {highest}, not {value}")
 
 
-def has_bfloat16():
-    """Whether the GPU computes in it. What only emulates it, in several steps, is slow."""
-    return torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 def defaults_for(device):
-    """A GPU can work on a larger model than a CPU, for which the values in Config are right."""
+    """The values in Config are for a CPU. A GPU can work on a larger model: {name: value}."""
     if device != "cuda":
         return {}
     settings = dict(batch_size=64, block_size=256, n_embd=384, n_head=8, n_layer=8, dropout=0.3,
                     weight_decay=0.5, learning_rate=2e-3, warmup_iters=200, max_iters=600,
                     eval_interval=100, eval_iters=20)
-    if torch.cuda.is_available() and has_bfloat16():
+    # A GPU without bfloat16 may emulate it, in several slow steps.
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
         settings["dtype"] = "bfloat16"
     # What torch.compile writes for a GPU has to be built by a C compiler, which Windows rarely has.
     compilers = [os.environ.get("CC", "cc"), "gcc", "clang"]
@@ -709,93 +729,89 @@ def defaults_for(device):
 
 
 def choose_settings(given):
-    """A setting that was given beats the checkpoint, the checkpoint beats what suits the device,
-    and that beats Config. Takes {name: value} and returns (config, saved, stamp). saved is what the
-    checkpoint holds, or {}. stamp is None if the run is new. If the run carries on with a file, it
-    is that file's: with it, save_checkpoint will notice if another run has written the file."""
+    """Settings that were given, {name: value} -> (config, saved, carries_on).
+    What is not given comes from the checkpoint, if there is one; else from defaults_for; else from
+    Config. If the checkpoint out exists, the run carries on, and saved is what it holds. Otherwise
+    saved is what the checkpoint init_from holds, or {}."""
     config = Config(**given)  # a first one, to know which device and files are meant
-    # book.txt gives book.pkl. abspath finds a name for "." too; a link is named as it was typed.
-    out = config.out or Path(os.path.abspath(config.data or "model")).stem + ".pkl"
-    stamp, saved = find_checkpoint(out, config.init_from)
+    out = config.out
+    if not out:  # book.txt gives book.pkl; abspath finds a name for the folder "." as well
+        path = os.path.abspath(config.data or "model")
+        out = Path(path).stem + ".pkl"
+    saved, carries_on = find_checkpoint(out, config.init_from)
     settings = defaults_for(config.device)
-    if saved:
-        handed_down = ARCHITECTURE  # all that a run with init_from takes over
-        if stamp:
-            handed_down = set(saved["config"]) - set(OF_THE_MACHINE)
-        for name in handed_down:
-            settings[name] = saved["config"][name]
+    if carries_on:
+        handed_down = set(saved["config"]) - set(NOT_HANDED_DOWN)
+    elif saved:
+        handed_down = ARCHITECTURE
+    else:
+        handed_down = ()
+    for name in handed_down:
+        settings[name] = saved["config"][name]
     settings.update(given)
     settings["out"] = out
-    return Config(**settings), saved, stamp
+    config = Config(**settings)
+    if saved:
+        path = out if carries_on else config.init_from
+        refuse_changes(path, saved["config"], asdict(config), carries_on)
+    if config.grad_accum % WORLD:
+        raise ValueError(f"grad_accum {config.grad_accum} must be divisible by {WORLD} processes")
+    return config, saved, carries_on
 
 
-def refuse_contradictions(given, config, saved, stamp):
-    """A trained model must not be lost to a flag that does not fit. And where a run is finished, no
-    step is left to use another setting: nobody should believe that it made no difference.
-    ValueError names the setting."""
-    path = config.out if stamp else config.init_from
-    fixed = ARCHITECTURE
-    if stamp:
-        fixed = ARCHITECTURE + ("optimizer", "seed", "init_from")
-    finished = stamp and saved["step"] >= config.max_iters
-    for name, value in given.items():
-        old = saved["config"].get(name, value)
-        if value == old:
-            continue
-        words = f"{path} was trained with {name} {old!r}, not {value!r}"
-        if name in fixed:
-            raise ValueError(f"{words}: leave it out, or name another --out")
-        if finished and name not in ("data", "out", "device", "max_iters"):
-            raise ValueError(f"{words}, and is finished at step {saved['step']}: raise --max_iters "
-                             "or name another --out")
+def refuse_changes(path, before, after, carries_on):
+    """A trained model must not be lost to a flag that does not fit it, and no flag may be ignored
+    in silence. before, after: {name: value}, what the checkpoint says and what was chosen now.
+    ValueError names a setting that has to stay as it was."""
+    before = what_stays(before, carries_on)
+    after = what_stays(after, carries_on)
+    for name in before:
+        if before[name] != after[name]:
+            raise ValueError(f"{path} was trained with {name} {before[name]!r}, not "
+                             f"{after[name]!r}: drop the flag, or start a new run with another "
+                             f"--out (and --init_from {path}, if its weights are wanted)")
+
+
+def what_stays(settings, carries_on):
+    """{name: value} of the settings that a checkpoint fixes, for a run that carries on with it or
+    for a new one that starts from its weights."""
+    if not carries_on:
+        return {name: settings[name] for name in ARCHITECTURE}
+    fixed = {name: settings[name] for name in settings if name not in MAY_CHANGE}
+    fixed["batch_size * grad_accum"] = settings["batch_size"] * settings["grad_accum"]
+    return fixed
+
+
+def find_checkpoint(out, init_from):
+    """A run that exists is carried on, never overwritten, so the checkpoint out comes first.
+    Returns (what the checkpoint holds or {}, whether it is that of out)."""
+    folder = os.path.dirname(os.path.realpath(out))
+    if RANK == 0 and not os.path.isdir(folder):
+        raise ValueError(f"{out} cannot be saved: there is no folder {folder}")
+    found = [{}, os.path.exists(out)]
+    path = out if found[1] else init_from
+    if path and RANK == 0:
+        found[0] = load_checkpoint(path)
+    if WORLD > 1:  # process 0 sends what it found, since the others may have other disks
+        torch.distributed.broadcast_object_list(found, device=torch.device("cpu"))
+    return found
 
 
 # -------------------------------- checkpoints ---------------------------------------------------
-def stamp_of(path):
-    """Two runs may be started on one file by mistake. The stamp tells whether a file is still the
-    one that this run left there: it changes with each save. None if there is no file."""
-    if not os.path.exists(path):
-        return None
-    status = os.stat(path)
-    return status.st_ino, status.st_mtime_ns  # the file's number on the disk, and when it was made
-
-
-def save_checkpoint(path, checkpoint, stamp):
-    """Writes a dict and returns the new stamp. Killed at any instant, it leaves the old file or the
-    new one, whole: it writes beside the file, and only then renames. stamp: what stamp_of(path) was
-    when this run last read or wrote the file. OSError if it could not be saved, or if another run
-    has written the file since; then the file stays as it is."""
+def save_checkpoint(path, checkpoint):
+    """Writes a dict. Killed at any instant, it leaves the old file or the new one, whole: it writes
+    beside the file, and only then renames. OSError if saving failed; the old file is untouched."""
     path = Path(os.path.realpath(path))  # where a link points to, so that the link stays
-    remove_leftovers(path)
     temporary = Path(f"{path}.{os.getpid()}.tmp")  # model.pkl.4711.tmp in process 4711
     try:
         with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
             file.flush()             # from Python to the system
             os.fsync(file.fileno())  # from the system to the disk, before the old file goes
-        if stamp_of(path) != stamp:
-            raise OSError("another run has written this file, so name another --out")
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: not saved, the file is as it was: {error}")
-    return stamp_of(path)
-
-
-def remove_leftovers(path):
-    """What was killed while it wrote leaves a temporary file or folder, named after path and its
-    process. Those whose process has ended are removed, where it can be told: on Linux, /proc has
-    a folder for each process that runs."""
-    if not os.path.exists("/proc/self"):
-        return
-    for old in path.parent.glob(f"{path.name}.*.tmp"):
-        process = old.name.split(".")[-2]
-        if not process.isdigit() or os.path.exists(f"/proc/{process}"):
-            continue
-        if old.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.unlink(missing_ok=True)
 
 
 def load_checkpoint(path):
@@ -805,93 +821,82 @@ def load_checkpoint(path):
     nothing but tensors and plain values, so that a stranger's file is safe.
     ValueError if the file is no checkpoint, or damaged; OSError if it cannot be read."""
     try:
+        check_parts(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch has several lines to say of some foreign files
+            warnings.simplefilter("ignore")  # torch prints long warnings about some foreign files
             saved = torch.load(path, map_location="cpu", weights_only=True)
-        check_checkpoint(saved)
-    except OSError:
-        raise  # the file could not be read at all
-    except Exception as error:  # it could, but a foreign file can fail in any way
+            own_settings = set(asdict(Config()))
+            same_version = set(saved["config"]) == own_settings
+            if same_version:
+                check_weights(saved)
+    except Exception as error:  # a foreign file can fail in any way
+        if isinstance(error, OSError) and error.filename:
+            raise  # it could not even be opened
         if is_out_of_memory(error):
             raise ValueError(f"{path} does not fit in memory")
         raise ValueError(f"{path} is no checkpoint of gpt.py, or it is damaged")
+    if not same_version:
+        raise ValueError(f"{path} was made by another version of gpt.py, with other settings")
     return saved
 
 
-def check_checkpoint(saved):
-    """A damaged file is better found now than in the middle of a run. Any error will do: what is
-    missing is a KeyError, what is of the wrong kind a TypeError, and so on."""
+def check_parts(path):
+    """A damaged weight must not be taken for a good one. A zip has a checksum of each of its parts,
+    a number that changes when the part does. torch.load does not look at it, but testzip does."""
+    with zipfile.ZipFile(path) as file:
+        damaged = file.testzip()  # the name of a part, or None
+        flags = [part.external_attr for part in file.infolist()]  # torch.save leaves them at 0
+    if damaged or any(flags):
+        raise ValueError("damaged")
+
+
+def check_weights(saved):
+    """Weights must fit the model that the file describes, and nothing that a run needs may be
+    missing. Some error if it is not so.
+    The model is made on the device meta, where tensors have shapes but no numbers. So absurd sizes
+    in a file cost no memory, and loading weights only compares their names and shapes."""
+    missing = {"corpus", "step", "losses", "optimizer"} - set(saved)
+    if missing:
+        raise ValueError(f"without {missing}")
     config = Config(**saved["config"])
     tokenizer = CharTokenizer(saved["chars"])
     if tokenizer.chars != saved["chars"]:
-        raise ValueError("this is no vocabulary")
-    with torch.device("meta"):  # there, tensors have shapes but no numbers, and cost nothing
+        raise ValueError("not a vocabulary")
+    with torch.device("meta"):
         model = GPT(config, tokenizer.vocab_size)
-    expected = shapes(model.state_dict())
     for weights in (saved["model"], saved["best"]):
-        if shapes(weights) != expected:
-            raise ValueError("these weights are another model's")
-        for tensor in weights.values():
-            if not tensor.isfinite().all():
-                raise ValueError("these weights are no numbers")
-    if type(saved["step"]) is not int or type(saved["optimizer"]) is not list:
-        raise TypeError("step or optimizer")
-    total = 0.0
-    for step, losses in saved["losses"].items():
-        total += step + losses["train"] + losses["val"]  # fails if one is missing or no number
-    if "corpus" not in saved:
-        raise KeyError("corpus")
+        model.load_state_dict(weights)
+        if not are_finite(weights.values()):
+            raise ValueError("weights are infinite or nan")
 
 
-def shapes(tensors):
-    """{name: tensor} -> {name: shape}, to be compared. What is no tensor has no shape: None."""
-    return {name: getattr(tensor, "shape", None) for name, tensor in tensors.items()}
+def are_finite(tensors):
+    """True if none of their numbers is infinite or nan, "not a number"."""
+    return all(tensor.isfinite().all() for tensor in tensors)
 
 
-def restore(optimizers, states):
-    """Gives optimizers back their state: what they keep for each weight, as AdamW its two averages.
-    PyTorch's load_state_dict would take the saved tensors without a look at their sizes, and its
-    fused AdamW then reads and writes past the end of one that is too small. Hence three moves.
-    First each optimizer takes a step with gradients of 0, at which it makes its own tensors, of the
-    right sizes. Then sizes are compared. Then the saved numbers are copied into these tensors.
-    (What that step did to the weights does not matter: they are loaded after this.)
-    states: for each optimizer, {number of a weight: {name: tensor}}. Some error if they differ."""
-    for optimizer, saved in zip(optimizers, states, strict=True):
-        weights = []
-        for group in optimizer.param_groups:
-            weights.extend(group["params"])
-        for number in saved:
-            weights[number].grad = torch.zeros_like(weights[number])
-        optimizer.step()
-        optimizer.zero_grad()
-        own = optimizer.state_dict()["state"]  # the very tensors that the optimizer uses
-        for number in own:
-            copy_state(saved[number], own[number])
+def restore(optimizers, states, path):
+    """Gives optimizers back what they keep for each weight, as AdamW its two averages.
+    states: for each optimizer, {number of a weight: {name: tensor}}. PyTorch does not check their
+    sizes when it loads them, but relies on them later. ValueError if they do not fit."""
+    try:
+        for optimizer, state in zip(optimizers, states, strict=True):
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
+            for weight in optimizer.state:
+                check_kept(optimizer.state[weight], weight)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: what its optimizer kept does not fit the model: {error}")
 
 
-def copy_state(saved, own):
-    """Copies numbers from {name: tensor} to another such dict. ValueError if the shapes differ."""
-    if shapes(saved) != shapes(own):
-        raise ValueError("these are another optimizer's")
-    for name in own:
-        if torch.is_tensor(own[name]):
-            own[name].copy_(saved[name])
-        else:
-            own[name] = saved[name]  # some optimizers count in plain numbers
-
-
-def find_checkpoint(out, init_from):
-    """A run that exists is carried on, never overwritten, so the file out is looked for first.
-    Returns its stamp and what it holds; if there is none, None and what init_from holds, or {}."""
-    found = [None, {}]
-    if RANK == 0:
-        stamp = stamp_of(out)
-        path = out if stamp else init_from
-        if path:
-            found = [stamp, load_checkpoint(path)]
-    if WORLD > 1:  # process 0 sends what it found, since the others may have other disks
-        torch.distributed.broadcast_object_list(found, device=torch.device("cpu"))
-    return found
+def check_kept(kept, weight):
+    """kept: {name: tensor}. "step" is a single number; all else has the weight's shape."""
+    for name, tensor in kept.items():
+        shape = weight.shape
+        if name == "step":
+            shape = ()
+        if tensor.shape != shape or not tensor.is_contiguous():
+            raise ValueError(name)
 
 
 def load_model(path, device="cpu"):
@@ -907,7 +912,283 @@ def load_model(path, device="cpu"):
     return model.to(device).eval(), tokenizer
 
 
+# -------------------------------- reading texts -------------------------------------------------
+def kind_of(path):
+    """What --data names. All code that depends on the kind of a corpus calls this."""
+    if not path:
+        return "Python's documentation"
+    if Path(path, "vocab.json").exists():
+        return "prepared folder"
+    if os.path.isdir(path):
+        return "folder of texts"
+    if path.lower().endswith((".jsonl", ".ndjson")):
+        return "pairs"
+    return "text"
+
+
+def read_documents(path):
+    """Yields all that path names in pieces, with END behind each document."""
+    if not path:
+        from pydoc_data.topics import topics
+        for text in topics.values():
+            yield clean(text) + END
+        return
+    names = [path]
+    if os.path.isdir(path):
+        names, _ = list_texts(path)
+    for name in names:
+        yield from read_text(name)
+        yield END
+
+
+def list_texts(folder):
+    """The .txt files in a folder and in its folders -> (their paths, how many others there are)."""
+    texts = []
+    others = 0
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_dir() or path.name.startswith("._"):  # macOS writes ._ files beside others
+            continue
+        if path.suffix.lower() == ".txt":
+            texts.append(path)
+        else:
+            others += 1
+    if not texts:
+        raise ValueError(f"{folder}: neither .txt files nor the vocab.json of prepare_owt.py")
+    return texts, others
+
+
+def read_text(path):
+    """Yields a text file in pieces, each of about a megabyte, so that it may be large.
+    What is not text would be learned all the same, as noise. ValueError says where bytes are
+    neither UTF-8 nor UTF-16, or where a NUL, which no text has, shows that this is no text."""
+    advice = "save it as UTF-8, or use prepare_owt.py for an archive"
+    line = 1
+    with open(path, "rb") as file:
+        encoding = encoding_of(file.peek(2))
+        # Where a piece ends within a character, or between \r and \n, the decoder keeps its first
+        # bytes until the next piece.
+        decoder = codecs.getincrementaldecoder(encoding)()
+        decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
+        at_end = False
+        while not at_end:
+            data = file.read(2**20)
+            at_end = len(data) < 2**20
+            try:
+                piece = decoder.decode(data, at_end)
+            except UnicodeDecodeError as error:
+                good = error.object[: error.start].decode(encoding, "ignore")
+                line += good.count("\n")
+                raise ValueError(f"{path}, line {line:,}: this is not {encoding}; {advice}")
+            before, nul, _ = piece.partition("\0")
+            line += before.count("\n")
+            if nul:
+                raise ValueError(f"{path}, line {line:,}: a NUL, so this is no text; {advice}")
+            yield piece.replace(END, UNK)
+
+
+def codes_of(text):
+    """str -> the number of each character in Unicode, 1-D uint32: "hi" becomes 104, 105."""
+    # UTF-32 writes each character as its number, in 4 bytes, and frombuffer reads these bytes as
+    # numbers. (surrogatepass: a text with halves of characters in it shall not raise an error.)
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def characters_of(pieces):
+    """Which characters occur in a text -> str, sorted. The text comes in pieces, any strings that
+    follow each other, since a large one would take too much memory as a whole."""
+    occurs = np.zeros(sys.maxunicode + 1, bool)  # for each character of Unicode: not yet
+    for piece in pieces:
+        occurs[codes_of(piece)] = True
+    return "".join(chr(code) for code in np.flatnonzero(occurs))
+
+
+def encode_pieces(pieces, tokenizer):
+    """A text that comes in pieces -> its ids, 1-D uint16."""
+    ids = bytearray()  # it grows in place, so only the ids and one piece of text are in memory
+    for piece in pieces:
+        ids += tokenizer.encode(piece).tobytes()
+    return np.frombuffer(ids, np.uint16)
+
+
+def encoding_of(data):
+    """The encoding of a text that begins with these bytes: UTF-16 if it begins with UTF-16's
+    byte-order mark, as some programs on Windows write it, else UTF-8. Python drops the mark when it
+    decodes."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    return "utf-8-sig"
+
+
+def clean(text):
+    """What read_text does to a text, for a text that is in memory already. Line ends differ between
+    systems, and a model would learn them as characters: all become "\\n". An END inside a text
+    becomes UNK, since it means that the text is over."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").replace(END, UNK)
+
+
+# The names that data sets use for a prompt and its answer: OpenOrca has question and response,
+# Alpaca instruction, output, and sometimes an input, which belongs to the prompt.
+PAIR_KEYS = (("prompt", "completion"), ("question", "answer"), ("question", "response"),
+             ("instruction", "input", "output"), ("instruction", "output"))
+
+
+def read_pairs(path):
+    """A file with {"prompt": ..., "completion": ...} on each line -> a list of texts: prompt, line
+    end, answer, END. ValueError names a line that holds no such pair."""
+    pairs = []
+    text = "".join(read_text(path))
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                pairs.append(parse_pair(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number:,}: {error}")
+    if len(pairs) < 2:
+        raise ValueError(f"{path}: at least two pairs are needed, one to train on and one to "
+                         "validate on")
+    return pairs
+
+
+def parse_pair(line):
+    """A line of read_pairs -> its text. ValueError says what is wrong with it."""
+    try:
+        pair = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError(f"this is no JSON: {line[:60]}")
+    if not isinstance(pair, dict):
+        raise ValueError(f"no object with prompt and completion: {line[:60]}")
+    if pair.get("input") == "":
+        del pair["input"]
+    for keys in PAIR_KEYS:
+        if all(key in pair for key in keys):
+            break
+    else:  # the loop came to its end without a break
+        raise ValueError(f"no prompt and completion; its keys are: {', '.join(pair) or 'none'}")
+    for key in keys:
+        if not isinstance(pair[key], str) or "\0" in pair[key]:
+            raise ValueError(f"{key} must be a text, not {json.dumps(pair[key])[:60]}")
+    return clean("\n".join(pair[key] for key in keys)) + END
+
+
+def split_pairs(pairs, seed):
+    """A list of pairs -> (those to train on, those to validate on), nine tenths and a tenth.
+    The training pairs are repeated, each time in a new order, until they are at least a million
+    characters: in one fixed order, a model would learn which question follows which."""
+    cut = int(0.9 * len(pairs))
+    once = sum(len(pair) for pair in pairs[:cut])
+    rng = random.Random(seed)
+    train = []
+    for _ in range(math.ceil(1e6 / once)):
+        train += rng.sample(pairs[:cut], cut)
+    return train, pairs[cut:]
+
+
+def open_prepared(folder):
+    """The folder of prepare_owt.py -> (splits, tokenizer). An array of np.memmap looks like any
+    other, but reads from its file only what is used, so that a corpus may be larger than memory.
+    ValueError if the files do not belong together: if one was cut, or comes from another folder,
+    a run would learn nonsense."""
+    folder = Path(folder)
+    splits = {}
+    try:
+        corpus = json.loads((folder / "corpus.json").read_bytes())
+        vocabulary = (folder / "vocab.json").read_bytes()
+        fits = zlib.crc32(vocabulary) == corpus["checksum"]
+        for name in ("train", "val"):
+            splits[name] = np.memmap(folder / f"{name}.bin", np.uint16, "r")  # r: read only
+            fits = fits and len(splits[name]) == corpus[name]
+    except (ValueError, TypeError, KeyError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{folder}: its files are damaged or do not belong together; run "
+                         "prepare_owt.py again")
+    return splits, CharTokenizer(json.loads(vocabulary))
+
+
+def report_unknown(found, splits, tokenizer):
+    """A model that was trained on other characters reads all new ones as UNK, and cannot learn to
+    tell them apart, so some are printed. found: the characters of the text."""
+    unknown = sorted(set(found) - set(tokenizer.chars))
+    if unknown:
+        share = np.mean(splits["train"] == tokenizer.unk)
+        some = printable(" ".join(unknown[:20]))
+        print(f"unknown {share:.1%} of the text to train on are characters that this model does "
+              f"not know: {some}")
+
+
+def fit_blocks(splits, config):
+    """A split must be longer than a block. Few pairs are repeated until it is, so 50 ids three
+    times for a block of 128. ValueError for any other short text."""
+    for name, ids in splits.items():
+        if kind_of(config.data) == "pairs":
+            copies = 1 + config.block_size // len(ids)
+            splits[name] = np.tile(ids, copies)
+        elif len(ids) < 2:
+            raise ValueError(f"{config.data}: too short for a {name} split")
+        elif len(ids) <= config.block_size:
+            raise ValueError(f"{config.data}: the {name} split has {len(ids):,} characters, which "
+                             f"is too short for block_size {config.block_size}: try "
+                             f"--block_size {len(ids) - 1}")
+
+
+def fingerprint(splits):
+    """A run that carries on must have the text that it began with. Returns what identifies a text,
+    {name of a split: [length, checksum]}. The checksum is of 1,000 pieces, evenly spread, since
+    reading all of OpenWebText would take minutes."""
+    found = {}
+    for name, ids in splits.items():
+        checksum = 0
+        for start in np.linspace(0, len(ids), 1000, endpoint=False, dtype=np.int64):
+            checksum = zlib.crc32(ids[start : start + 2**14], checksum)
+        found[name] = [len(ids), checksum]
+    return found
+
+
 # -------------------------------- devices and processes -----------------------------------------
+def build(config, vocab_size):
+    """Makes a new model on its device, and returns (model, optimizers, fast_model).
+    torch.compile turns a model into faster code. fast_model is that code; it shares the model's
+    weights, so that training it trains the model. Where nothing is compiled, it is the model
+    itself. On a GPU, a step is hundreds of small computations, and starting them one by one from
+    Python takes longer than the computations. The compiler's mode reduce-overhead records them
+    once, as a CUDA graph, and then starts them all together. But a graph writes its results to the
+    same place each time, so that the gradients of a second batch would replace those of the first
+    instead of being added. So this mode is for steps of a single batch."""
+    prepare_device(config)
+    torch.manual_seed(config.seed)
+    model = GPT(config, vocab_size).to(config.device)
+    optimizers = make_optimizers(model, config)
+    fast_model = model
+    if config.compile:
+        mode = "default"
+        if config.device == "cuda" and config.grad_accum == 1:
+            mode = "reduce-overhead"
+        fast_model = torch.compile(model, mode=mode)
+    return model, optimizers, fast_model
+
+
+def prepare_device(config):
+    """Gives a missing device a clear message: ValueError. Sets a GPU up for speed.
+    A CPU has few fast cores, a GPU thousands of slow ones, which suits matrix products. CUDA is how
+    NVIDIA's GPUs are programmed. .to(device) moves tensors, and those that are used together must
+    be on the same device.
+    (A GPU adds up numbers in the order in which its threads finish, so that the last digits differ
+    from run to run. torch.use_deterministic_algorithms(True), with CUBLAS_WORKSPACE_CONFIG=:4096:8
+    in the environment, makes them equal, and training slower.)"""
+    if not getattr(torch, config.device).is_available():
+        raise ValueError(f"device {config.device}: this machine, or its torch, has none")
+    if config.device != "cuda":
+        return
+    if LOCAL_RANK >= torch.cuda.device_count():
+        raise ValueError(f"process {LOCAL_RANK + 1} of this machine has no GPU: there are "
+                         f"{torch.cuda.device_count()}, so lower --nproc_per_node")
+    torch.cuda.set_device(LOCAL_RANK)
+    torch.set_float32_matmul_precision("high")  # TF32: fewer digits, far faster
+    # Of PyTorch's ways to compute attention, cuDNN's first prepares itself for each new length T,
+    # and in generation each character makes the text longer by one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def join_processes():
     """Connects the processes of torchrun: through nccl between GPUs, gloo between CPUs. Process 0
     alone prints, or each line would come WORLD times."""
@@ -922,99 +1203,6 @@ def join_processes():
         sys.stdout = open(os.devnull, "w")
 
 
-def prepare_device(config):
-    """A device that is missing is better named than met in a traceback: ValueError.
-    A CPU has few fast cores, a GPU thousands of slow ones, which suits matrix products. CUDA is how
-    NVIDIA's GPUs are programmed. .to(device) moves tensors; two that meet must be on one device."""
-    if not getattr(torch, config.device).is_available():
-        raise ValueError(f"device {config.device}: this machine, or its torch, has none")
-    if config.device != "cuda":
-        return
-    if LOCAL_RANK >= torch.cuda.device_count():
-        raise ValueError(f"process {LOCAL_RANK + 1} of this machine has no GPU: there are "
-                         f"{torch.cuda.device_count()}, so lower --nproc_per_node")
-    torch.cuda.set_device(LOCAL_RANK)
-    if config.dtype == "bfloat16" and not has_bfloat16():
-        raise ValueError("dtype bfloat16: this GPU has none, so leave the flag out")
-    torch.set_float32_matmul_precision("high")  # TF32: fewer digits, far faster
-    # Of PyTorch's ways to compute attention, cuDNN's first prepares itself for each new length T,
-    # and in generation every character is a new one.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def build(config, vocab_size):
-    """Makes a new model on its device, and returns (model, optimizers, fast_model).
-    torch.compile turns a model into faster code. fast_model is that code. It computes with the very
-    same weights, so whoever trains it trains the model; and it is the model itself where nothing
-    is compiled. On a GPU, a step is hundreds of small computations, and to start them one by one
-    from Python takes longer than they do. Where a step is one batch, the compiler's mode
-    reduce-overhead helps: it records them once, as a CUDA graph, and then starts all together. But
-    a graph writes its results to the same place in memory each time, so that the gradients of a
-    second batch would replace those of the first instead of being added to them."""
-    prepare_device(config)
-    torch.manual_seed(config.seed)
-    model = GPT(config, vocab_size).to(config.device)
-    if config.device == "cuda":
-        make_exact(model)
-    optimizers = make_optimizers(model, config)
-    fast_model = model
-    if config.compile:
-        mode = "default"
-        if config.device == "cuda" and config.grad_accum == 1:
-            mode = "reduce-overhead"
-        fast_model = torch.compile(model, mode=mode)
-    return model, optimizers, fast_model
-
-
-class OrderedLookup(torch.autograd.Function):
-    """What nn.Embedding does, with gradients that do not depend on chance (see make_exact, below).
-    A Function tells PyTorch how to compute something (forward) and its gradients (backward);
-    context carries what the second needs from the first. index: ids, (B, T); weight: (V, C).
-    Each place of a text used one row of weight, so the gradient of a row is the sum of those of its
-    places. A product with a table of 0 and 1 is that sum, in a fixed order. With a vocabulary of 3
-    and the ids 2, 0, 2, the table's rows are 0 1 0 (id 0 came second), 0 0 0 and 1 0 1."""
-
-    @staticmethod
-    def forward(context, index, weight):
-        context.save_for_backward(index)
-        context.vocab_size = len(weight)
-        return nn.functional.embedding(index, weight)
-
-    @staticmethod
-    def backward(context, gradient):
-        index, = context.saved_tensors
-        rows = torch.arange(context.vocab_size, device=index.device)
-        used = rows[:, None] == index.flatten()         # (V, B*T): did this place use this row?
-        gradient = gradient.flatten(0, 1)               # (B*T, C)
-        return None, used.to(gradient.dtype) @ gradient  # ids have no gradient, rows (V, C) do
-
-
-def make_exact(model):
-    """A GPU adds up numbers in the order in which its threads finish, so that the last bits of a
-    sum differ from run to run. Here PyTorch is told to keep to one order, so that on a GPU, too, a
-    run that carries on ends as if it had never been stopped. PyTorch's own way to do this for the
-    gradients of the embedding takes a fifth of a step; OrderedLookup takes next to nothing."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # one order in matrix products
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # slow, and only for finding errors
-    model.tokens.forward = lambda index: OrderedLookup.apply(index, model.tokens.weight)
-
-
-def make_muon(model, config):
-    """Returns the matrices left to AdamW, and [Muon] for those of the blocks (Jordan 2024).
-    Any matrix is a sum of simple ones, each a column times a row, and in gradients a few of these
-    are far larger than the rest. Muon brings all of them to about the same size before it moves the
-    weights, so that the rest is learned as well. match_rms_adamw makes its steps as large as
-    AdamW's: one learning rate serves both."""
-    inside = [p for p in model.blocks.parameters() if p.ndim == 2]
-    taken = set(inside)
-    outside = [p for p in model.parameters() if p.ndim >= 2 and p not in taken]
-    group = {"params": inside}  # a model without blocks has none
-    muon = torch.optim.Muon([group], weight_decay=config.weight_decay,
-                            adjust_lr_fn="match_rms_adamw")
-    return outside, [muon]
-
-
 def average_gradients(model):
     """Several processes that train one model have different batches, hence different gradients. All
     take the mean, as one vector, once a step: so all do the same step, and stay equal."""
@@ -1026,362 +1214,221 @@ def average_gradients(model):
     nn.utils.vector_to_parameters(vector / WORLD, gradients)  # each gets its part of the mean
 
 
-def draw_batches(data, config, step):
-    """Yields (seed, x, y) for this process's batches of a step: of two processes, the first takes
-    batches 0, 2, 4 and so on. All random numbers follow from the run's seed and the step. So a run
-    that carries on draws what it would have drawn, and several processes draw what one would."""
-    draw = np.random.default_rng((config.seed, step))
-    size = (config.grad_accum, config.batch_size)
-    starts = draw.integers(0, len(data) - config.block_size, size)
-    for number in range(RANK, config.grad_accum, WORLD):
-        # One number is made of three: a seed that no other batch has.
-        sequence = np.random.SeedSequence((config.seed, step, number))
-        seed = int(sequence.generate_state(1, np.uint64)[0])
-        x, y = get_batch(data, config, starts[number])
-        yield seed, x, y
-
-
 def is_out_of_memory(error):
-    """Whether an error says so, in the words of Python, PyTorch, CUDA, cuBLAS or Triton."""
+    """Whether an error means that memory was full, be it Python's, PyTorch's, CUDA's, cuBLAS's or
+    Triton's."""
     words = ("out of memory", "allocate", "ALLOC_FAILED", "not enough memory")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def explain(error, config):
-    """An error deep inside PyTorch that a user can do something about is raised again as one line
-    that says what. Of any other error, nothing is known here."""
+    """Some errors from deep inside PyTorch are the user's to mend: they are raised again as a line
+    that says how. Any other error keeps its traceback."""
     if is_out_of_memory(error):
-        advice = "a smaller block_size, n_embd or n_layer"
+        advice = "smaller block_size, n_embd or n_layer"
         if config.batch_size > 1:
             half = config.batch_size // 2
             advice = f"--batch_size {half} --grad_accum {2 * config.grad_accum}, then {advice}"
-        raise MemoryError(f"out of memory: try {advice}") from error
+        raise MemoryError(f"out of memory: try {advice}; for a text that is too large, "
+                          "prepare_owt.py") from error
     if type(error).__module__.startswith("torch._"):  # torch._dynamo, torch._inductor: the compiler
         message = " ".join(str(error).split())
         raise ValueError(f"torch.compile failed, try --no-compile: {message[:200]}") from error
 
 
+def make_muon(model, matrices, config):
+    """Returns (the matrices that are left to AdamW, [Muon] for those of the blocks)."""
+    inside = set(model.blocks.parameters())
+    for_muon = [p for p in matrices if p in inside]
+    for_adamw = [p for p in matrices if p not in inside]
+    return for_adamw, [Muon(for_muon, config)]
+
+
+class Muon(torch.optim.Optimizer):
+    """An optimizer for matrices that often needs fewer steps than AdamW (Jordan 2024).
+    What a gradient asks of a matrix is mostly one or a few large changes, on which many examples
+    agree, and next to them all others are too small to matter. Muon makes all of them about equally
+    strong before it moves the weights: see equalize. Before that it averages the gradients of some
+    twenty steps, against the noise. Its steps have the size of AdamW's, so that one learning rate
+    serves both. Matrices of equal shape (each block has the same ones) are worked on together,
+    which is faster."""
+
+    def __init__(self, matrices, config):
+        self.config = config
+        defaults = dict(lr=config.learning_rate, weight_decay=config.weight_decay)
+        super().__init__([{"params": matrices}], defaults)
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        rate = group["lr"]
+        decay = rate * group["weight_decay"]
+        same_shape = {}  # {shape: the matrices that have it}
+        for weight in group["params"]:
+            same_shape.setdefault(weight.shape, []).append(weight)
+        for shape, weights in same_shape.items():
+            moves = []
+            for weight in weights:
+                kept = self.state[weight]
+                if not kept:
+                    kept["momentum_buffer"] = torch.zeros_like(weight)
+                average = kept["momentum_buffer"]
+                average.lerp_(weight.grad, 0.05)  # 0.95 * average + 0.05 * gradient
+                moves.append(weight.grad.lerp(average, 0.95))  # Nesterov: a look ahead
+            with autocast(self.config):
+                moves = equalize(torch.stack(moves))
+            size = 0.2 * math.sqrt(max(shape))  # makes steps as large as AdamW's
+            for weight, move in zip(weights, moves):
+                weight.mul_(1 - decay)
+                weight.sub_(move, alpha=rate * size)
+
+
+def equalize(x):
+    """Brings the changes that matrices stand for, (n, rows, columns), to about the same strength.
+    If a matrix has numbers on its diagonal alone, say 0.9 and 0.1, they are the strengths of its
+    changes. x @ x.mT @ x then has 0.9 ** 3 and 0.1 ** 3 on its diagonal. So one round below makes
+    3.4445 * f - 4.7750 * f ** 3 + 2.0315 * f ** 5 of a strength f: 0.82 of 0.9, but 0.34 of 0.1.
+    After five rounds, all that began above 0.01 lie near 1. Every other matrix is a diagonal one
+    between two rotations. The products leave these as they are, so that it is the same for every
+    matrix, and nobody has to find its rotations. (The numbers are Jordan's, the method is called a
+    Newton-Schulz iteration.)"""
+    is_tall = x.shape[1] > x.shape[2]
+    if is_tall:
+        x = x.mT  # rows and columns change places: the products below are smaller then
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # now no strength is above 1
+    one = torch.eye(x.shape[1], device=x.device)  # one @ x is x
+    for _ in range(5):
+        square = x @ x.mT
+        x = (3.4445 * one - 4.7750 * square + 2.0315 * square @ square) @ x
+    if is_tall:
+        x = x.mT
+    return x
+
+
 # -------------------------------- what a run says -----------------------------------------------
 def printable(text):
-    """Text may move a terminal's cursor or worse. Control characters, those that turn the direction
-    of writing (202a to 2069) and broken ones (d800 to dfff) become UNK; tab and line end stay."""
+    """Some characters would move a terminal's cursor, or worse. Control characters except tab and
+    line end, those that turn the direction of writing, and halves of characters become UNK."""
     control = r"\x00-\x08\x0b-\x1f\x7f-\x9f"
     direction = r"\u202a-\u202e\u2066-\u2069"
-    return re.sub(rf"[{control}{direction}\ud800-\udfff]", UNK, text)
+    halves = r"\ud800-\udfff"
+    return re.sub(f"[{control}{direction}{halves}]", UNK, text)
 
 
 def sample(model, tokenizer, length):
-    """Some text that the model writes now. Training is not disturbed: it seeds every batch anew."""
+    """Some text that the model writes now. It sets torch's seed, which does not disturb training:
+    training_step sets it anew for each batch."""
     torch.manual_seed(model.config.seed)
     start = torch.tensor([[tokenizer.end]]).to(model.config.device)  # a text begins after an END
+    was_training = model.training
     model.eval()
     ids = model.generate(start, length, temperature=0.8)
-    model.train()
+    model.train(was_training)
     text = tokenizer.decode(ids[0, 1:].tolist())
     return printable(text.replace(END, "\n"))
 
 
 def curve(losses):
     """A row of blocks for a list of losses: the lowest is ▁ and the highest █."""
-    blocks = "▁▂▃▄▅▆▇█"
     low = min(losses)
     height = max(losses) - low
     row = ""
     for loss in losses:
-        share = 0.0
-        if height > 0:
-            share = (loss - low) / height
-        row += blocks[round(7 * share)]
+        share = (loss - low) / max(height, 1e-9)  # 0 to 1; 0 if all are equal
+        row += "▁▂▃▄▅▆▇█"[round(7 * share)]
     return row
 
 
 def describe(splits, tokenizer, config):
-    """The line about a corpus."""
+    """The line about a corpus: what kind it is, how much there is, and what was not read."""
+    kind = kind_of(config.data)
     count = sum(len(ids) for ids in splits.values())
-    line = f"{kind_of(config.data)}, {count:,} characters, {tokenizer.vocab_size:,} different ones"
-    if kind_of(config.data) == "pairs":  # the model never sees the whole of one that is too long
-        ids = np.concatenate(list(splits.values()))
-        ends = np.flatnonzero(ids == tokenizer.end)
-        lengths = np.diff(ends, prepend=-1)  # ENDs at 3 and 7: lengths 4 and 4
-        line += f", {np.mean(lengths > config.block_size):.1%} of pairs longer than block_size"
+    line = f"{kind}, {count:,} characters, {tokenizer.vocab_size:,} different ones"
+    if kind == "folder of texts":
+        _, others = list_texts(config.data)
+        line += f"; {others:,} files do not end in .txt and were not read"
+    if kind == "pairs":  # the ids repeat them, so they are counted in the file
+        pairs = read_pairs(config.data)
+        train = int(0.9 * len(pairs))
+        too_long = sum(len(pair) > config.block_size for pair in pairs)
+        line = (f"pairs, {train:,} to train on and {len(pairs) - train:,} kept back; "
+                f"{too_long:,} are longer than block_size")
     return line
-
-
-def fingerprint(splits, tokenizer):
-    """A run that carries on must have the text that it began with. What a text is recognized by:
-    its lengths, and a checksum of 1,000 pieces of each split, evenly spread, since to read all of
-    OpenWebText would take minutes. ValueError if ids are not in the vocabulary."""
-    found = {}
-    for name, ids in splits.items():
-        checksum = 0
-        for start in np.linspace(0, len(ids), 1000, endpoint=False, dtype=np.int64):
-            piece = ids[start : start + 2**14]
-            checksum = zlib.crc32(piece, checksum)
-            if piece.max() >= tokenizer.vocab_size:
-                raise ValueError(f"the {name} split has ids that are not in its vocabulary; run "
-                                 "prepare_owt.py again")
-        found[name] = [len(ids), checksum]
-    return found
-
-
-# -------------------------------- a run ---------------------------------------------------------
-STOP = []  # the signals that have asked this program to end
-
-
-def ask_to_stop(number, frame):
-    """Python calls this at Ctrl-C and the like (see main): train ends its step, saves and stops."""
-    STOP.append(number)
-    signal.signal(number, signal.SIG_DFL)  # the default: at a second one, Python ends at once
-
-
-class Run:
-    """A run of training: what it is made of, and what it can do: evaluate, save, report."""
-
-    def __init__(self, config, saved, stamp):
-        self.config = config
-        self.stamp = stamp  # of the file out: see stamp_of
-        self.splits, self.tokenizer = load_corpus(config, saved.get("chars", ""))
-        self.corpus = fingerprint(self.splits, self.tokenizer)
-        self.model, self.optimizers, self.fast_model = build(config, self.tokenizer.vocab_size)
-        self.step = 0     # how many steps it has done
-        self.losses = {}  # {step: {"train": loss, "val": loss}}
-        self.best = {}    # the best weights so far: {name: tensor}
-        if stamp:
-            self.carry_on(saved)
-        elif saved:
-            self.same_vocabulary(saved, config.init_from)
-            self.model.load_state_dict(saved["best"])
-
-    def same_vocabulary(self, saved, path):
-        """An id must mean the same character to a model for as long as it lives."""
-        if self.tokenizer.chars != saved["chars"]:
-            raise ValueError(f"{self.config.data} was prepared with another vocabulary, so the "
-                             f"model in {path} cannot read it")
-
-    def carry_on(self, saved):
-        """Takes over what the file out holds. ValueError if that was another text's."""
-        out = self.config.out
-        self.same_vocabulary(saved, out)
-        if self.corpus != saved["corpus"]:
-            raise ValueError(f"{out} was trained on another text, or {self.config.data} has "
-                             f"changed since: name another --out, with --init_from {out} to start "
-                             "from its weights")
-        try:
-            restore(self.optimizers, saved["optimizer"])
-        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                raise
-            raise ValueError(f"{out} is damaged: what its optimizer kept does not fit the model")
-        self.model.load_state_dict(saved["model"])
-        self.step = saved["step"]
-        self.losses = saved["losses"]
-        self.best = saved["best"]
-
-    def evaluation_is_due(self):
-        """Every eval_interval steps and at the end, unless it was done before the run stopped."""
-        regular = self.step % self.config.eval_interval == 0
-        last = self.step == self.config.max_iters
-        return (regular or last) and self.step not in self.losses
-
-    def evaluate(self):
-        """Estimates the losses and prints them, with a line that the model writes now."""
-        losses = estimate_loss(self.model, self.splits, self.config)
-        if not math.isfinite(losses["train"] + losses["val"]):
-            raise ValueError(f"step {self.step}: the loss is no longer a number, so nothing was "
-                             "saved: lower --learning_rate")
-        self.losses[self.step] = losses
-        text = sample(self.model, self.tokenizer, 60)
-        line = " ".join(text.split())
-        tqdm.write(f"step {self.step:6,d}   train {losses['train']:.4f}   "
-                   f"val {losses['val']:.4f}   {line}")
-
-    def check_weights(self):
-        """Weights that are no longer numbers would spoil the file for good: ValueError."""
-        for tensor in self.model.state_dict().values():
-            if not tensor.isfinite().all():
-                raise ValueError(f"step {self.step}: some weights are no longer numbers, so "
-                                 "nothing was saved: lower --learning_rate")
-
-    def best_step(self):
-        """The step whose weights chat.py gets: the one with the lowest val. Step 0 does not count,
-        as the model knew nothing then; if there is no other evaluation yet, it is the latest step.
-        For pairs, it is always the latest: there, val asks for facts that are not in train, so it
-        rises while the model learns."""
-        vals = {step: losses["val"] for step, losses in self.losses.items() if step > 0}
-        if kind_of(self.config.data) == "pairs" or not vals:
-            return self.step
-        return min(vals, key=vals.get)
-
-    def save(self):
-        """Saves all that the run needs to carry on."""
-        self.check_weights()
-        weights = self.model.state_dict()
-        kept = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
-        if self.best_step() == self.step:
-            # A copy, since the next step changes the weights in their place.
-            self.best = {name: tensor.clone() for name, tensor in weights.items()}
-        if RANK == 0:
-            checkpoint = dict(config=asdict(self.config), chars=self.tokenizer.chars,
-                              corpus=self.corpus, step=self.step, losses=self.losses,
-                              model=weights, best=self.best, optimizer=kept)
-            self.stamp = save_checkpoint(self.config.out, checkpoint, self.stamp)
-
-    def introduce(self):
-        """The first lines: what trains on what."""
-        config = self.config
-        device = config.device
-        if device == "cuda":
-            device = torch.cuda.get_device_name()
-        count = sum(p.numel() for p in self.model.parameters())
-        print(f"corpus  {config.data or 'built in'}: "
-              f"{describe(self.splits, self.tokenizer, config)}")
-        print(f"model   {config.out}: {count:,} parameters, at step {self.step:,} of "
-              f"{config.max_iters:,}, on {device} in {config.dtype}")
-        if config.compile and self.step < config.max_iters:
-            print("the first step compiles, which can take a minute")
-
-    def report(self):
-        """The last lines: how it went, and what to do next."""
-        if self.losses:
-            vals = [losses["val"] for losses in self.losses.values()]
-            print(f"losses  last {vals[-1]:.4f}, best {min(vals):.4f}   {curve(vals)}")
-        if self.config.device == "cuda":
-            print(f"memory  {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of the GPU at most")
-        print(sample(self.model, self.tokenizer, 500))
-        if self.step < self.config.max_iters:
-            print(f"\nstopped at step {self.step:,}; the same command carries on")
-        else:
-            print(f"\nfinished at step {self.step:,}; for more, raise --max_iters")
-        print(f"weights of step {self.best_step():,}: python chat.py --model "
-              f"{shlex.quote(self.config.out)}")
-
-
-def train(**settings):
-    """Trains a model, or carries on with the one in the file out. Returns it with its best weights,
-    in eval mode. train(data="book.txt", max_iters=500) does just what the command line does, python
-    gpt.py --data book.txt --max_iters 500. Each evaluation saves. A run that is killed loses the
-    steps since then; started again, it does them again and ends as if it had never been stopped.
-    ValueError, OSError or MemoryError for a user's mistake, in one line."""
-    join_processes()
-    config, saved, stamp = choose_settings(settings)
-    if saved:
-        refuse_contradictions(settings, config, saved, stamp)
-    if config.grad_accum % WORLD:
-        raise ValueError(f"grad_accum {config.grad_accum} must be divisible by {WORLD} processes")
-    try:
-        run = Run(config, saved, stamp)
-        run.introduce()
-        do_steps(run)
-        run.model.load_state_dict(run.best)
-        run.report()
-    except (RuntimeError, MemoryError) as error:
-        explain(error, config)
-        raise
-    return run.model.eval()
-
-
-def do_steps(run):
-    """The loop, with a bar that counts characters. Asked to stop, it saves after the step."""
-    config = run.config
-    characters = config.batch_size * config.grad_accum * config.block_size  # of a step
-    hidden = None  # tqdm then hides the bar where there is no terminal
-    if RANK > 0:
-        hidden = True
-    bar = tqdm(total=config.max_iters, initial=run.step, unit="char", unit_scale=characters,
-               disable=hidden)
-    while run.step < config.max_iters and not STOP:
-        if run.evaluation_is_due():
-            run.evaluate()
-            run.save()
-        batches = list(draw_batches(run.splits["train"], config, run.step))
-        loss = training_step(run.fast_model, run.optimizers, batches, config, run.step)
-        run.step += 1
-        if STOP:
-            break  # and save, before anything is shown: the terminal may be gone
-        bar.update()
-        if run.step % 10 == 0 and not bar.disable:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    if STOP:
-        run.save()
-    elif run.evaluation_is_due():
-        run.evaluate()
-        run.save()
-    bar.close()
 
 
 # -------------------------------- finding fast settings -----------------------------------------
 def tune(**settings):
-    """Which settings are fastest depends on the machine, and only measuring tells (lessons:
-    auto-tuning and efficiency testing). Times training with different ones, all with the same
-    number of texts in a step, and prints the command of the fastest.
+    """Which settings are fastest depends on the machine, and only measuring tells (in the course:
+    auto-tuning and efficiency testing). Times training with each dtype, compiled and not, with a
+    batch as it is and divided into 2 and 4 parts by grad_accum, so that a step reads as many texts.
     ValueError if none can be trained."""
     if WORLD > 1:
         raise ValueError("--tune measures one process: start it without torchrun")
-    config = choose_settings(settings)[0]
-    splits, tokenizer = load_corpus(config)
-    fastest = 0.0
-    command = ""
-    for trial in trials(config):
-        changes = dict(batch_size=trial.batch_size, grad_accum=trial.grad_accum, dtype=trial.dtype,
-                       compile=trial.compile)
+    config, _, _ = choose_settings(settings)
+    splits, tokenizer = load_data(config)
+    total = config.batch_size * config.grad_accum
+    rates = {}  # {flags: characters a second}
+    for parts, dtype, compiled in itertools.product((1, 2, 4), CHOICES["dtype"], (False, True)):
+        if total % parts > 0:
+            continue
+        trial = replace(config, batch_size=total // parts, grad_accum=parts, dtype=dtype,
+                        compile=compiled, max_iters=6)
+        flags = f"--batch_size {trial.batch_size} --grad_accum {parts} --dtype {dtype} "
+        flags += "--compile" if compiled else "--no-compile"
         try:
-            rate = measure(trial, splits["train"], tokenizer.vocab_size)
+            rates[flags] = measure(trial, splits["train"], tokenizer.vocab_size)
         except (RuntimeError, MemoryError, ValueError) as error:
             reason = " ".join(str(error).split())
-            print(f"{as_flags(changes)}   failed: {reason[:90]}")
-            continue
-        print(f"{as_flags(changes)}   {rate:,.0f} characters a second")
-        if rate > fastest:
-            fastest = rate
-            command = as_flags(dict(settings, **changes))
-    if not command:
+            print(f"{flags}   failed: {reason[:90]}")
+        else:
+            print(f"{flags}   {rates[flags]:,.0f} characters a second")
+    if not rates:
         raise ValueError("no setting could be trained; the lines above say why")
-    print(f"fastest: python gpt.py {command}")
-
-
-def trials(config):
-    """Yields configs with the same total batch, done in 1, 2 or 4 parts if it can be divided."""
-    total = config.batch_size * config.grad_accum
-    for parts in (1, 2, 4):
-        for dtype in CHOICES["dtype"]:
-            for compiled in (False, True):
-                if total % parts == 0:
-                    yield replace(config, batch_size=total // parts, grad_accum=parts, dtype=dtype,
-                                  compile=compiled)
+    print(f"the fastest; add to your command: {max(rates, key=rates.get)}")
 
 
 def measure(config, data, vocab_size):
-    """Characters per second of training, from a clean start: nothing that was compiled or left in
-    memory before counts. Of six steps the fastest counts, as the first ones compile and warm up."""
+    """Characters per second of training. It starts afresh, without what earlier trials compiled or
+    left in memory, and takes the fastest step, as the first ones compile and warm up."""
     torch.compiler.reset()
     if config.device == "cuda":
         torch.cuda.empty_cache()
     model, optimizers, fast_model = build(config, vocab_size)
     batches = list(draw_batches(data, config, step=0))
     seconds = []
-    for step in range(6):
+    for step in range(config.max_iters):
         start = time.perf_counter()
         loss = training_step(fast_model, optimizers, batches, config, step)
-        loss.item()  # a GPU works on while Python goes on: to ask for the number is to wait
+        loss.item()  # Python does not wait for a GPU, unless it asks for a number
         seconds.append(time.perf_counter() - start)
     characters = config.batch_size * config.grad_accum * config.block_size
     return characters / min(seconds)
 
 
-def as_flags(settings):
-    """{name: value} -> the words of a command line."""
-    words = []
-    for name, value in settings.items():
-        if value is True:
-            words.append(f"--{name}")
-        elif value is False:
-            words.append(f"--no-{name}")
-        else:
-            words += [f"--{name}", str(value)]
-    return shlex.join(words)
-
-
 # -------------------------------- the command line ----------------------------------------------
+def main(argv=None):
+    """Reads the words of the command line and calls train, or tune."""
+    parser = make_parser()
+    settings = vars(parser.parse_args(argv))
+    tuning = settings.pop("tune", False)
+    before = {}
+    if WORLD == 1 and not tuning:
+        before = catch_signals()  # several processes and tune just end
+    try:
+        if tuning:
+            tune(**settings)
+        else:
+            train(**settings)
+    except KeyboardInterrupt:
+        parser.exit(130)  # what a shell expects after Ctrl-C
+    except (ValueError, OSError, MemoryError) as error:
+        parser.error(error)
+    finally:  # in a notebook, Python keeps running
+        STOP.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """A mistake is one line on stderr and exit status 2. (argparse calls this as well.)"""
@@ -1389,35 +1436,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {printable(line)}\n")
 
 
-def open_streams():
-    """Output that the shell has closed is None in Python: here it becomes a file that forgets all.
-    A terminal without UTF-8 cannot show all characters: it shows "?" instead. A log grows line by
-    line. (A notebook's streams have no reconfigure, and need none.)"""
-    for name in ("stdin", "stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "r+"))
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace", line_buffering=True)
-
-
-def meanings():
-    """{setting: the comment behind it in Config}. Python does not keep comments, so this reads
-    them from the source, as they stand above."""
-    found = {}
-    for line in inspect.getsource(Config).splitlines():
-        setting, _, comment = line.partition("  # ")
-        name = setting.split(":")[0].strip()
-        found[name] = comment
-    return found
-
-
 def make_parser():
-    """Each field of Config is a flag."""
-    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False,
+    """Each field of Config is a flag, and the comment behind it says what it means."""
+    parser = Parser(description="Train a character-level GPT.", allow_abbrev=False,
                     usage="python gpt.py [--data book.txt] [--max_iters 500] ...",
                     argument_default=argparse.SUPPRESS)  # a flag that is not given is absent
-    meaning = meanings()
+    # Python does not keep comments, so they are read from the source of Config.
+    meaning = {}
+    for line in inspect.getsource(Config).splitlines():
+        setting, _, comment = line.partition("  # ")
+        name, _, _ = setting.strip().partition(":")
+        meaning[name] = comment
     defaults = asdict(Config(**defaults_for(Config.device)))
     for field in fields(Config):
         words = f"{meaning[field.name]} (default: {defaults[field.name]})"
@@ -1430,31 +1459,32 @@ def make_parser():
     return parser
 
 
-def main(argv=None):
-    """Reads the words of the command line and calls train, or tune."""
-    parser = make_parser()
-    settings = vars(parser.parse_args(argv))
-    work = train
-    on_signal = ask_to_stop
-    if settings.pop("tune", False):
-        work = tune
-    if work is tune or WORLD > 1:
-        on_signal = signal.SIG_DFL  # ends at once
-    before = {}  # {signal: what is called for it now}, to be put back at the end
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Ctrl-C, kill, and a terminal that was closed
+def catch_signals():
+    """From now on, Ctrl-C, the command kill and a terminal that is closed call ask_to_stop. Returns
+    {signal: what it called before}."""
+    before = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
-            before[number] = signal.signal(number, on_signal)
-    try:
-        work(**settings)
-    except (ValueError, OSError, MemoryError) as error:
-        parser.error(error)
-    finally:  # a notebook goes on after this
-        STOP.clear()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            before[number] = signal.signal(number, ask_to_stop)
+    return before
+
+
+def ask_to_stop(number, frame):
+    """Python calls this when a signal comes: train ends its step, saves and stops."""
+    STOP.append(number)
+    signal.signal(number, signal.SIG_DFL)  # the default: a second one ends Python at once
+
+
+def set_up_streams():
+    """A terminal without UTF-8 cannot show all characters: it shows "?" instead of failing. Lines
+    are written at once, so that a log is up to date. newline=None: whatever ends the lines that are
+    read, Python sees "\\n". (A notebook's streams need none of this.)"""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace", line_buffering=True, newline=None)
 
 
 if __name__ == "__main__":
-    open_streams()
+    set_up_streams()
     main()
