@@ -34,10 +34,10 @@ class Config:
     data: str = ""                # text file, folder of them, .jsonl of pairs, or prepared folder
     out: str = ""                 # file of the trained model; if empty, named after the data
     init_from: str = ""           # file of a trained model that a new run starts from (fine-tuning)
-    batch_size: int = 8           # texts worked on at once: B
+    batch_size: int = 16          # texts worked on at once: B
     block_size: int = 128         # characters that the model sees at most: T
     grad_accum: int = 1           # batches that make up one training step
-    max_iters: int = 3300         # training steps in all
+    max_iters: int = 1920         # training steps in all
     n_embd: int = 128             # numbers that describe each character: C
     n_head: int = 4               # attention heads: H
     n_layer: int = 4              # layers (class Block) on top of each other; 0: no attention
@@ -47,8 +47,8 @@ class Config:
     weight_decay: float = 0.2     # how strongly weights are pulled to 0, against learning by heart
     warmup_iters: int = 100       # steps in which the learning rate climbs; at most half of a run
     grad_clip: float = 1.0        # limit for gradients (see training_step); 0: no limit
-    eval_interval: int = 550      # steps between two evaluations, each of which saves
-    eval_iters: int = 40          # batches of each split that an evaluation reads
+    eval_interval: int = 320      # steps between two evaluations, each of which saves
+    eval_iters: int = 20          # batches of each split that an evaluation reads
     seed: int = 1337              # where the random numbers start
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or mps
     dtype: str = "float32"        # float32, or bfloat16: half the bits, faster on some machines
@@ -66,13 +66,13 @@ UNK = "\ufffd"  # Unicode's replacement character stands for whatever is not in 
 class CharTokenizer:
     """Turns characters into token ids and back (in the course: an encoder and a decoder).
     The vocabulary is the sorted set of characters, with END and UNK. It is small, but texts become
-    long. With words it would be the reverse; subwords (byte-pair encoding, BPE, as in GPT-2) lie
-    in between. The course has
+    long. With words, the vocabulary would be large and texts short; subwords (byte-pair encoding,
+    BPE, as in GPT-2) lie in between. The course has
         char_to_id = {char: id for id, char in enumerate(chars)}
         id_to_char = {id: char for id, char in enumerate(chars)}
-    Here chars[id] is the character of an id. The other way is an array, since numpy looks up a
-    whole text in an array at once: code_to_id[104] is the id of "h", as 104 is the code of "h",
-    its number in Unicode.
+    Here chars[id] is the character of an id. From characters to ids we use an array, since numpy
+    looks up a whole text in it at once: code_to_id[104] is the id of "h", as 104 is the number of
+    "h" in Unicode.
     ValueError if there are more than 65,536 different characters."""
 
     def __init__(self, chars):
@@ -124,7 +124,7 @@ def load_data(config, chars=""):
         cut = int(0.9 * len(ids))
         splits = {"train": ids[:cut], "val": ids[cut:]}
     report_unknown(found, splits, tokenizer)
-    fit_blocks(splits, config)  # is it long enough?
+    fit_blocks(splits, config)  # a split must be longer than a block
     return splits, tokenizer
 
 
@@ -144,9 +144,9 @@ def get_batch(data, config, starts):
     places = starts[:, None] + offsets          # (B, 1) + (T + 1,) -> (B, T + 1)
     ids = data[places].astype(np.int64)         # the id at each place; only these are read
     blocks = torch.from_numpy(ids)
-    if config.device == "cuda":                 # pinned memory can be copied to the GPU while
-        blocks = blocks.pin_memory()            # Python goes on
-    blocks = blocks.to(config.device, non_blocking=True)
+    if config.device == "cuda":
+        blocks = blocks.pin_memory()            # so that it can be copied while Python goes on,
+    blocks = blocks.to(config.device, non_blocking=True)  # which is what non_blocking asks for
     return blocks[:, :-1], blocks[:, 1:]
 
 
@@ -171,15 +171,15 @@ class Head(nn.Module):
         # and head.
         scores = q @ k.transpose(-2, -1)                          # (B, H, T, T)
         # A sum of D products grows like sqrt(D), as plus and minus partly cancel (100 coin tosses,
-        # +1 or -1 each, sum up to some 10, not 100). With large scores softmax picks one winner,
-        # and whatever the others have to say is lost.
+        # +1 or -1 each, sum up to some 10, not 100). If scores were large, one character would get
+        # nearly all of the share, and whatever the others have to say would be lost.
         scores = scores / math.sqrt(D)
         # Position t sees positions 0 to t, the lower triangle: the rest is the future, which the
         # model is to predict. (The course keeps this constant mask in a register_buffer, a tensor
         # that moves to the GPU with the model but is not learned.)
         visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(~visible, -math.inf)
-        # Softmax: e ** score over the sum of the row. These are shares of 1; e ** -inf is 0.
+        scores = scores.masked_fill(~visible, -math.inf)          # whose share is e ** -inf = 0
+        # Softmax: e ** score, divided by the sum of these in the row. So they become shares of 1.
         shares = scores.softmax(dim=-1)                           # (B, H, T, T)
         return shares @ v                                         # (B, H, T, D)
 
@@ -216,7 +216,7 @@ class MultiHeadAttention(nn.Module):
         # One product makes the queries, keys and values of all heads, side by side.
         q, k, v = self.qkv(x).split(C, dim=2)        # (B, T, 3 C) -> (B, T, C) each
         # C is cut into H pieces of D; then T and H change places: each head gets a (T, D). (view
-        # alone only counts the numbers off anew, in their order: it cannot change places.)
+        # keeps the numbers in their order and only divides them differently: it cannot swap.)
         q = q.view(B, T, H, D).transpose(1, 2)       # (B, T, C) -> (B, T, H, D) -> (B, H, T, D)
         k = k.view(B, T, H, D).transpose(1, 2)
         v = v.view(B, T, H, D).transpose(1, 2)
@@ -255,10 +255,10 @@ class Block(nn.Module):
     layer only adds to it. (Gradients, by which a model learns, come back through a sum as well as
     through the layer beside it, so that they do not fade on the way to the first layers.) A norm
     follows each sum: it brings each character's C numbers to mean 0 and variance 1, so that they
-    keep one scale from layer to layer. Then it multiplies each by a number and adds another; these
-    are learned, in case other scales serve better. This order is post-norm, as in the course. GPT-2
-    uses pre-norm, x + sublayer(norm(x)), which is easier to train; with post-norm, gradients are
-    large at first, so training has to begin with small steps (see learning_rate).
+    keep one scale from layer to layer. Then each of the C gets a factor and an offset of its own,
+    which are learned, in case another scale serves better. This order is post-norm, as in the
+    course. GPT-2 uses pre-norm, x + sublayer(norm(x)), which is easier to train; with post-norm,
+    gradients are large at first, so training has to begin with small steps (see learning_rate).
     The first Transformer was a translator: an encoder read one language, a decoder wrote the other
     and also looked at what the encoder had read (cross-attention). This is the decoder alone."""
 
@@ -355,8 +355,8 @@ class GPT(nn.Module):
 def draw(logits, temperature=1.0, top_k=None):
     """Scores (B, V) -> the id of one character for each text, int64 (B, 1).
     A temperature below 1 makes likely characters likelier, one above 1 evens them out, and 0 takes
-    the likeliest. top_k allows only the k likeliest. (Of several that are equally likely, these two
-    take what comes first in the vocabulary.)"""
+    the likeliest. top_k allows only the k likeliest. (Among equally likely characters,
+    temperature 0 and top_k prefer the first in the vocabulary.)"""
     if temperature < 1e-6:  # dividing by it would fail
         return logits.argmax(dim=-1, keepdim=True)
     shares = (logits.float() / temperature).softmax(dim=-1)
@@ -410,8 +410,8 @@ def make_optimizers(model, config):
     Gradients that are always 5, or always 0.005, give 5 / 5 or 0.005 / 0.005: so all weights move
     at a similar pace. (Left out: a correction while the averages are young, and a tiny number that
     keeps the division from failing.) 0.9 and 0.99 are its betas. The W (Loshchilov and Hutter 2017)
-    is weight decay, which is separate from this: matrices also shrink a little each time, since
-    learning single examples by heart needs large weights. fused=True is faster."""
+    stands for weight decay: apart from this, each matrix shrinks a little at every step, since
+    learning single examples by heart needs large weights. fused=True does it all in one call."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms are not shrunk
     muon = []
@@ -425,10 +425,9 @@ def make_optimizers(model, config):
 
 def learning_rate(step, config):
     """How far a step of gradient descent goes: too far overshoots, too short crawls. It climbs
-    while gradients are large and the optimizer's averages still guesses, then falls in a line
-    towards 0, to settle. To
-    find a good rate, try a few, each 3 times the last, for some hundred steps, and look at the
-    losses."""
+    while gradients are large and the optimizer's averages are still guesses, then falls in a line
+    towards 0, to settle. To find a good rate, try a few, each 3 times the last, for some hundred
+    steps, and look at the losses."""
     warmup = min(config.warmup_iters, config.max_iters // 2)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
@@ -437,7 +436,7 @@ def learning_rate(step, config):
 
 
 def training_step(model, optimizers, batches, config, step):
-    """One step of gradient descent: forward, backward, step. Returns the batches' mean loss.
+    """One step of gradient descent: forward, backward, step. Returns the mean loss of its batches.
     backward finds the gradients of all weights in one pass, from the loss back to the first layer,
     by the chain rule, and leaves each in weight.grad, where the optimizer finds it.
     batches: a list of tuples, (seed for dropout, x, y). With more than one, this is gradient
@@ -494,11 +493,12 @@ STOP = []  # the signals that have asked this program to end: see ask_to_stop
 
 # -------------------------------- a run ---------------------------------------------------------
 def train(**settings):
-    """Trains a model, or carries on with the checkpoint out. Returns it with its best weights,
-    in eval mode. train(data="book.txt", max_iters=500) is python gpt.py --data book.txt --max_iters
-    500. Each evaluation saves. A run that is stopped without warning loses the steps since the last
-    evaluation. Started again it repeats them, and on a CPU it ends with exactly the weights of a
-    run that was never stopped. (main sees to it that Ctrl-C saves as well.)
+    """Trains a model, or carries on with the one that is in the file out. Returns it with its best
+    weights, in eval mode. train(data="book.txt", max_iters=500) is python gpt.py --data book.txt
+    --max_iters 500. Each evaluation saves. A run that is stopped without warning loses the steps
+    since the last evaluation. Started again it repeats them, and on a CPU it ends with exactly the
+    weights of a run that was never stopped. (In a single process, main sees to it that Ctrl-C saves
+    as well.)
     A user's mistake raises ValueError, OSError or MemoryError with a message of one line."""
     join_processes()
     config, saved, carries_on = choose_settings(settings)
@@ -615,9 +615,9 @@ class Run:
         return min(vals, key=vals.get)
 
     def save(self):
-        """Saves all that the run needs to carry on. Where the learning rate is too
-        high, weights become infinite or nan, and saving them would ruin the file: ValueError. A new
-        run does not write over a file that has appeared since it began: OSError."""
+        """Saves what the run needs to carry on. If the learning rate is too high, weights become
+        infinite or nan. Saving them would ruin the file: ValueError. A new run does not write over
+        a file that has appeared since it began: OSError."""
         config = self.config
         weights = self.model.state_dict()
         vals = torch.tensor([losses["val"] for losses in self.losses.values()])
@@ -731,8 +731,8 @@ def defaults_for(device):
 def choose_settings(given):
     """Settings that were given, {name: value} -> (config, saved, carries_on).
     What is not given comes from the checkpoint, if there is one; else from defaults_for; else from
-    Config. If the checkpoint out exists, the run carries on, and saved is what it holds. Otherwise
-    saved is what the checkpoint init_from holds, or {}."""
+    Config. If the file named by out exists, the run carries on with it. saved is what that file
+    holds, or else the one named by init_from, or else {}."""
     config = Config(**given)  # a first one, to know which device and files are meant
     out = config.out
     if not out:  # book.txt gives book.pkl; abspath finds a name for the folder "." as well
@@ -783,8 +783,8 @@ def what_stays(settings, carries_on):
 
 
 def find_checkpoint(out, init_from):
-    """A run that exists is carried on, never overwritten, so the checkpoint out comes first.
-    Returns (what the checkpoint holds or {}, whether it is that of out)."""
+    """A run that exists is carried on, never overwritten, so the file out is looked for first.
+    Returns (what the checkpoint that was found holds, or {}; whether that is the file out)."""
     folder = os.path.dirname(os.path.realpath(out))
     if RANK == 0 and not os.path.isdir(folder):
         raise ValueError(f"{out} cannot be saved: there is no folder {folder}")
@@ -845,14 +845,15 @@ def check_parts(path):
     a number that changes when the part does. torch.load does not look at it, but testzip does."""
     with zipfile.ZipFile(path) as file:
         damaged = file.testzip()  # the name of a part, or None
-        flags = [part.external_attr for part in file.infolist()]  # torch.save leaves them at 0
+        # torch.save leaves these attributes at 0, and torch.load takes some of them for orders.
+        flags = [part.external_attr for part in file.infolist()]
     if damaged or any(flags):
         raise ValueError("damaged")
 
 
 def check_weights(saved):
     """Weights must fit the model that the file describes, and nothing that a run needs may be
-    missing. Some error if it is not so.
+    missing. Otherwise it raises an error, of whatever kind.
     The model is made on the device meta, where tensors have shapes but no numbers. So absurd sizes
     in a file cost no memory, and loading weights only compares their names and shapes."""
     missing = {"corpus", "step", "losses", "optimizer"} - set(saved)
@@ -960,7 +961,7 @@ def list_texts(folder):
 def read_text(path):
     """Yields a text file in pieces, each of about a megabyte, so that it may be large.
     What is not text would be learned all the same, as noise. ValueError says where bytes are
-    neither UTF-8 nor UTF-16, or where a NUL, which no text has, shows that this is no text."""
+    neither UTF-8 nor UTF-16, or where a NUL character shows that the file is not text."""
     advice = "save it as UTF-8, or use prepare_owt.py for an archive"
     line = 1
     with open(path, "rb") as file:
@@ -1107,7 +1108,7 @@ def open_prepared(folder):
 
 def report_unknown(found, splits, tokenizer):
     """A model that was trained on other characters reads all new ones as UNK, and cannot learn to
-    tell them apart, so some are printed. found: the characters of the text."""
+    tell them apart, so some of these characters are printed. found: the characters of the text."""
     unknown = sorted(set(found) - set(tokenizer.chars))
     if unknown:
         share = np.mean(splits["train"] == tokenizer.unk)
@@ -1117,8 +1118,8 @@ def report_unknown(found, splits, tokenizer):
 
 
 def fit_blocks(splits, config):
-    """A split must be longer than a block. Few pairs are repeated until it is, so 50 ids three
-    times for a block of 128. ValueError for any other short text."""
+    """A split must be longer than a block. If there are too few pairs, they are repeated: 50 ids
+    three times, for a block of 128. ValueError for any other short text."""
     for name, ids in splits.items():
         if kind_of(config.data) == "pairs":
             copies = 1 + config.block_size // len(ids)
@@ -1222,8 +1223,8 @@ def is_out_of_memory(error):
 
 
 def explain(error, config):
-    """Some errors from deep inside PyTorch are the user's to mend: they are raised again as a line
-    that says how. Any other error keeps its traceback."""
+    """A user can do something about some errors from deep inside PyTorch: these are raised again,
+    with one line that says what. Any other error keeps its traceback."""
     if is_out_of_memory(error):
         advice = "smaller block_size, n_embd or n_layer"
         if config.batch_size > 1:
@@ -1246,12 +1247,12 @@ def make_muon(model, matrices, config):
 
 class Muon(torch.optim.Optimizer):
     """An optimizer for matrices that often needs fewer steps than AdamW (Jordan 2024).
-    What a gradient asks of a matrix is mostly one or a few large changes, on which many examples
-    agree, and next to them all others are too small to matter. Muon makes all of them about equally
-    strong before it moves the weights: see equalize. Before that it averages the gradients of some
-    twenty steps, against the noise. Its steps have the size of AdamW's, so that one learning rate
-    serves both. Matrices of equal shape (each block has the same ones) are worked on together,
-    which is faster."""
+    The gradient of a matrix is a wish for changes: a few strong ones, on which many examples agree,
+    and many weak ones. Muon makes all of them about equally strong before it moves the weights
+    (see equalize), so that the weak ones are learned as well. Before that it averages the gradients
+    of some twenty steps, against the noise. Its steps have the size of AdamW's, so that one
+    learning rate serves both. Matrices of equal shape (each block has the same ones) are worked on
+    together, which is faster."""
 
     def __init__(self, matrices, config):
         self.config = config
@@ -1274,7 +1275,7 @@ class Muon(torch.optim.Optimizer):
                     kept["momentum_buffer"] = torch.zeros_like(weight)
                 average = kept["momentum_buffer"]
                 average.lerp_(weight.grad, 0.05)  # 0.95 * average + 0.05 * gradient
-                moves.append(weight.grad.lerp(average, 0.95))  # Nesterov: a look ahead
+                moves.append(weight.grad.lerp(average, 0.95))  # Nesterov: the newest once more
             with autocast(self.config):
                 moves = equalize(torch.stack(moves))
             size = 0.2 * math.sqrt(max(shape))  # makes steps as large as AdamW's
@@ -1285,13 +1286,12 @@ class Muon(torch.optim.Optimizer):
 
 def equalize(x):
     """Brings the changes that matrices stand for, (n, rows, columns), to about the same strength.
-    If a matrix has numbers on its diagonal alone, say 0.9 and 0.1, they are the strengths of its
-    changes. x @ x.mT @ x then has 0.9 ** 3 and 0.1 ** 3 on its diagonal. So one round below makes
+    Take a matrix with numbers on its diagonal alone, say 0.9 and 0.1: they are the strengths of its
+    changes. x @ x.mT @ x has 0.9 ** 3 and 0.1 ** 3 on its diagonal, so one round below makes
     3.4445 * f - 4.7750 * f ** 3 + 2.0315 * f ** 5 of a strength f: 0.82 of 0.9, but 0.34 of 0.1.
-    After five rounds, all that began above 0.01 lie near 1. Every other matrix is a diagonal one
-    between two rotations. The products leave these as they are, so that it is the same for every
-    matrix, and nobody has to find its rotations. (The numbers are Jordan's, the method is called a
-    Newton-Schulz iteration.)"""
+    After five rounds, all that began above 0.01 lie between 0.68 and 1.14. Any other matrix is a
+    diagonal one between two rotations, which these products leave as they are: so the calculation
+    holds for every matrix. (The numbers are Jordan's; it is called a Newton-Schulz iteration.)"""
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT  # rows and columns change places: the products below are smaller then
@@ -1359,8 +1359,8 @@ def describe(splits, tokenizer, config):
 # -------------------------------- finding fast settings -----------------------------------------
 def tune(**settings):
     """Which settings are fastest depends on the machine, and only measuring tells (in the course:
-    auto-tuning and efficiency testing). Times training with each dtype, compiled and not, with a
-    batch as it is and divided into 2 and 4 parts by grad_accum, so that a step reads as many texts.
+    auto-tuning and efficiency testing). Times training with each dtype, compiled and not, with the
+    whole batch at once, and with the batch divided into 2 and 4 parts (grad_accum).
     ValueError if none can be trained."""
     if WORLD > 1:
         raise ValueError("--tune measures one process: start it without torchrun")
@@ -1422,7 +1422,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         parser.exit(130)  # what a shell expects after Ctrl-C
     except (ValueError, OSError, MemoryError) as error:
-        parser.error(error)
+        parser.error(str(error) or "out of memory")  # Python's own MemoryError says nothing
     finally:  # in a notebook, Python keeps running
         STOP.clear()
         for number, handler in before.items():

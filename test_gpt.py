@@ -2,8 +2,8 @@
 
 A test is a claim, its name, and the proof. The models are tiny, so that each takes a second or two.
 """
-import copy, io, json, lzma, math, multiprocessing, os, pickle, pty, random, re, resource, runpy
-import select, shlex, shutil, signal, socket, subprocess, sys, tarfile, time, tracemalloc, zlib
+import bz2, copy, gzip, io, json, lzma, math, os, pickle, pty, random, re, resource, runpy, select
+import shutil, signal, subprocess, sys, tarfile, time, tracemalloc, zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import fields
@@ -2723,8 +2723,6 @@ def test_ctrl_c_ends_chat_without_a_traceback_wherever_it_comes(place, base, mon
     assert stop.type is SystemExit
     assert stop.value.code == 130
 # ---------------------------------------------------------------------------------- prepare_owt.py
-import bz2, gzip
-
 ODD = [re.sub(f"[\r\0{END}\ufeff]", "", random_text(seed, 3000)) for seed in range(13)]
 DOCUMENTS = ["one\r\ntwo\rthree\r\r\nfour", "日本語 😀 e\u0301", b"bad \xff\xe2\x82 end",
              b"\xff", f"an {END}, a {UNK}", "\ufeffmark\ufeff", "UTF-16, é".encode("utf-16"),
@@ -3202,19 +3200,22 @@ def is_running(pid):
 
 
 def test_workers_leave_ctrl_c_to_their_parent_and_end_with_it_even_if_it_is_killed():
-    text = "0123456789abcde\n" * 2**20  # 16 MB
+    text = "".join(map(str, range(1_000_000)))  # packed, four such shards are a batch
     shard = lzma.compress(text.encode(), preset=0)
-    Path("a.tar").write_bytes(tar([(f"{number}_data.xz", shard) for number in range(400)]))
+    Path("a.tar").write_bytes(tar([(f"{number}_data.xz", shard) for number in range(60)]))
     words = ["a.tar", "--out", "out", "--workers", "1"]
-    with start("prepare_owt.py", words) as process:
-        wait_until(lambda: list(Path().glob("out.tmp/*.text")))
+    process = start("prepare_owt.py", words)
+    try:
+        wait_until(lambda: list(Path("out.tmp").glob("*.text")))
         workers = workers_of(process)
         assert workers
         for worker in workers:
             os.kill(worker, signal.SIGINT)  # a terminal tells them, too
         texts = len(list(Path("out.tmp").glob("*.text")))
         wait_until(lambda: len(list(Path("out.tmp").glob("*.text"))) > texts + 1)
+    finally:
         process.kill()
+        process.communicate()
     wait_until(lambda: not any(is_running(worker) for worker in workers))
     assert not Path("out").exists()
     assert_refused(prepare_owt.main, words, "out.tmp", "delete it")
