@@ -200,18 +200,19 @@ def second_pass(texts, tokenizer, folder, pool):
     """Writes train.bin, with the ids of all texts."""
     train = folder / "train.bin"
     train.touch()
-    write = functools.partial(write_ids, tokenizer, train)
+    write = functools.partial(write_ids, tokenizer.chars, train)
     size = sum(path.stat().st_size for path, _ in texts)
     with progress(size, "ids") as bar:
         for group in in_groups(texts):
-            for size in pool.map(write, group):
-                bar.update(size)
+            for written in pool.map(write, group):
+                bar.update(written)
 
 
-def write_ids(tokenizer, train, text):
+def write_ids(chars, train, text):
     """Second pass, in a worker: a file of text becomes ids, in their place in train.bin, and is
     deleted. Returns its size in bytes."""
     path, start = text
+    tokenizer = gpt.CharTokenizer(chars)
     size = path.stat().st_size
     with open(path, encoding="utf-8", newline="") as file, open(train, "r+b") as ids:
         ids.seek(2 * start)  # two bytes for each id; other workers write other places
