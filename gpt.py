@@ -16,7 +16,8 @@ Capital letters in comments stand for sizes, each of which is explained where it
     C  channels: numbers for each character     V  vocabulary: different characters
 """
 import argparse, atexit, codecs, inspect, io, itertools, json, math, os, platform, random, re
-import shlex, shutil, signal, sys, time, warnings, zipfile, zlib
+import shlex, shutil, signal, sys, time, zipfile, zlib
+from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 import numpy as np
@@ -28,34 +29,35 @@ from tqdm import tqdm
 # ================================ Part one: the lesson ==========================================
 @dataclass
 class Config:
-    """The settings of a run, or hyperparameters: people choose these, while the parameters are what
-    the model learns. From the lines below, dataclass makes an __init__, so that Config(n_layer=2)
-    changes one of them. A value that cannot work raises a ValueError that names the setting."""
-    data: str = ""                # text file, folder of them, .jsonl of pairs, or prepared folder
-    out: str = ""                 # file of the trained model; if empty, named after the data
-    init_from: str = ""           # file of a trained model that a new run starts from (fine-tuning)
+    """The settings of a run, which are called hyperparameters. People choose them; the parameters
+    are what the model learns. Do not try to understand them all now: each is explained below, where
+    it is used. (A dataclass lists names, types and values. Config() has the values below, and
+    Config(n_layer=2) all of them but one. ValueError if a value cannot work.)"""
+    data: str = ""                # text file, folder of texts, pairs (.jsonl), or prepared folder
+    out: str = ""                 # file to save the model in; if empty, it is named after the data
+    init_from: str = ""           # file of a trained model to start from (fine-tuning)
     batch_size: int = 16          # texts worked on at once: B
     block_size: int = 128         # characters that the model sees at most: T
-    grad_accum: int = 1           # batches that make up one training step
+    grad_accum: int = 1           # batches for each training step
     max_iters: int = 1920         # training steps in all
     n_embd: int = 128             # numbers that describe each character: C
     n_head: int = 4               # attention heads: H
-    n_layer: int = 4              # layers (class Block) on top of each other; 0: no attention
-    dropout: float = 0.05         # share of numbers turned off in training (see FeedForward)
-    optimizer: str = "adamw"      # adamw or muon, which move the weights (see make_optimizers)
+    n_layer: int = 4              # layers on top of each other; 0: no attention
+    dropout: float = 0.05         # share of numbers turned off in training
+    optimizer: str = "adamw"      # what moves the weights: adamw or muon
     learning_rate: float = 3e-3   # size of a training step at its largest
-    weight_decay: float = 0.2     # how strongly weights are pulled to 0, against learning by heart
-    warmup_iters: int = 100       # steps in which the learning rate climbs; at most half of a run
-    grad_clip: float = 1.0        # limit for gradients (see training_step); 0: no limit
-    eval_interval: int = 320      # steps between two evaluations, each of which saves
-    eval_iters: int = 20          # batches of each split that an evaluation reads
+    weight_decay: float = 0.2     # how strongly weights are pulled to 0
+    warmup_iters: int = 100       # steps in which the learning rate climbs
+    grad_clip: float = 1.0        # limit for the length of the gradient; 0: no limit
+    eval_interval: int = 320      # steps from one evaluation to the next; each saves the model
+    eval_iters: int = 20          # batches that an evaluation reads
     seed: int = 1337              # where the random numbers start
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or mps
     dtype: str = "float32"        # float32, or bfloat16: half the bits, faster on some machines
     compile: bool = False         # let torch.compile turn the model into faster code
 
     def __post_init__(self):
-        check(self)  # in part two; dataclass calls __post_init__ at the end of its __init__
+        check(self)  # in part two
 
 
 # -------------------------------- tokenizer and data --------------------------------------------
@@ -65,15 +67,13 @@ UNK = "\ufffd"  # Unicode's replacement character stands for whatever is not in 
 
 class CharTokenizer:
     """Turns characters into token ids and back (in the course: an encoder and a decoder).
-    The vocabulary is the sorted set of characters, with END and UNK. It is small, but texts become
-    long. With words, the vocabulary would be large and texts short; subwords (byte-pair encoding,
-    BPE, as in GPT-2) lie in between. The course has
-        char_to_id = {char: id for id, char in enumerate(chars)}
-        id_to_char = {id: char for id, char in enumerate(chars)}
-    Here chars[id] is the character of an id. From characters to ids we use an array, since numpy
-    looks up a whole text in it at once: code_to_id[104] is the id of "h", as 104 is the number of
-    "h" in Unicode.
-    ValueError if there are more than 65,536 different characters."""
+    The vocabulary is the sorted set of characters, with END and UNK. An id is a character's place
+    in it. A vocabulary of characters is small, but texts become long; one of words is large, but
+    texts become short. Subwords lie in between (byte-pair encoding, BPE, as in GPT-2).
+    The course encodes with a dictionary, {char: id for id, char in enumerate(chars)}. Here an array
+    does the same, because numpy can look up a whole text in an array at once. In Unicode, the table
+    of all characters, "h" has the number 104: so code_to_id[104] is the id of "h".
+    ValueError if there are more than 65,536 different characters, as ids have 16 bits."""
 
     def __init__(self, chars):
         self.chars = "".join(sorted(set(chars) | {END, UNK}))
@@ -83,120 +83,115 @@ class CharTokenizer:
                              f"{2**16:,} (prepare_owt.py --min_count makes rare ones unknown)")
         self.end = self.chars.index(END)
         self.unk = self.chars.index(UNK)
-        # First UNK's id for every character of Unicode, then those of the vocabulary get their own.
-        self.code_to_id = np.full(sys.maxunicode + 1, self.unk, np.uint16)
-        codes = [ord(char) for char in self.chars]
-        self.code_to_id[codes] = np.arange(self.vocab_size)
+        self.code_to_id = np.full(sys.maxunicode + 1, self.unk, np.uint16)  # all are unknown, ...
+        for id, char in enumerate(self.chars):
+            self.code_to_id[ord(char)] = id                                 # ... except these
 
     def encode(self, text):
-        """str -> ids, 1-D uint16. Characters outside the vocabulary become UNK; it never fails."""
-        return self.code_to_id[codes_of(text)]  # codes_of, in part two: "hi" is 104, 105
+        """str -> ids, an array of uint16. Characters outside the vocabulary become UNK."""
+        return self.code_to_id[codes_of(text)]  # codes_of (in part two) makes 104, 105 of "hi"
 
     def decode(self, ids):
-        """Ids, a list or an integer array -> str."""
+        """A list or an array of ids -> str."""
         return "".join(self.chars[id] for id in ids)
 
 
 def load_data(config, chars=""):
-    """The corpus that config.data names -> ({"train": ids, "val": ids}, tokenizer); 1-D uint16 ids.
-    Without a name, it is the documentation that comes with Python, half a million characters.
-    The first 90 % are for training, the rest for validation: an exam needs questions that the
-    homework did not have, or learning by heart would look like learning.
-    chars: the vocabulary, if there is a model already, which knows no other characters.
-    ValueError if the corpus is too short or damaged, OSError if it cannot be read."""
-    kind = kind_of(config.data)  # this, and whatever reads files, is in part two
+    """Reads the corpus, the text to learn from -> ({"train": ids, "val": ids}, tokenizer).
+    The first 90 % are to train on, the last 10 % to validate on. An exam needs questions that were
+    not in the homework: if they were, learning by heart would look like learning.
+    Without config.data, the text is the documentation that comes with Python.
+    chars: the vocabulary of the model, if there is one already; it cannot learn new characters.
+    Ids are arrays of uint16. ValueError if the corpus is too short or damaged, OSError if it cannot
+    be read."""
+    kind = kind_of(config.data)
     if kind == "prepared folder":
-        # From prepare_owt.py, for a corpus larger than memory: its ids stay on the disk.
-        splits, tokenizer = open_prepared(config.data)
-        found = tokenizer.chars
+        splits, tokenizer = open_prepared(config.data)  # from prepare_owt.py: larger than memory
     elif kind == "pairs":
-        # Prompts with their answers, for fine-tuning.
-        pairs = read_pairs(config.data)
-        found = characters_of(pairs)
-        train, val = split_pairs(pairs, config.seed)
-        tokenizer = CharTokenizer(chars or found)
-        splits = {"train": encode_pieces(train, tokenizer), "val": encode_pieces(val, tokenizer)}
+        splits, tokenizer = load_pairs(config, chars)   # questions with answers, for fine-tuning
     else:
-        # A text is read twice, in pieces: for its characters, and then for their ids.
-        found = characters_of(read_documents(config.data))
-        tokenizer = CharTokenizer(chars or found)
-        ids = encode_pieces(read_documents(config.data), tokenizer)
+        # A text is read in pieces, since it may be large: first for its characters, ...
+        names = list_texts(config.data)
+        found = set()
+        for piece in read_documents(names):
+            found.update(piece)
+        tokenizer = tokenizer_for(found, chars)
+        # ... and then for their ids.
+        ids = encode_pieces(read_documents(names), tokenizer)
         cut = int(0.9 * len(ids))
         splits = {"train": ids[:cut], "val": ids[cut:]}
-    report_unknown(found, splits, tokenizer)
-    fit_blocks(splits, config)  # a split must be longer than a block
+    check_lengths(splits, config)
     return splits, tokenizer
 
 
 def get_batch(data, config, starts):
-    """Blocks of text, and what follows each character in them: (x, y), int64 (B, T).
+    """Blocks of text, and for each character the one that follows it: (x, y), int64 (B, T).
     A block of T characters holds T examples, one for each beginning: after "h" comes "e", after
-    "he" comes "l". A batch is B blocks, stacked, since a GPU works on all of them at once. They
-    start at random places, so that each batch is a fair sample of the whole text.
-    Both are tensors: arrays of numbers with a shape, a type (dtype) and a device that holds them.
-    Ids are int64, which the loss asks for. Types must agree: an error about Long and Float says
-    that integers met decimal numbers. If shapes do not fit, print(x.shape) is the first thing to
-    try.
-    starts: B places, an array."""
-    # With T = 2, starts 5 and 9 read the places 5, 6, 7 and 9, 10, 11. A column of starts plus a
-    # row of 0, 1, 2 is a table of these places, with a row for each text.
-    offsets = np.arange(config.block_size + 1)
-    places = starts[:, None] + offsets          # (B, 1) + (T + 1,) -> (B, T + 1)
-    ids = data[places].astype(np.int64)         # the id at each place; only these are read
-    blocks = torch.from_numpy(ids)
+    "he" comes "l". A batch is B blocks, stacked, because a GPU works on all of them at once. starts
+    says where they begin: at random places, so that a batch is a fair sample of the text.
+    Both results are tensors, which are arrays of numbers with a shape, a type (dtype), and a device
+    that holds them. Ids are int64, because the loss asks for it. Types must agree: an error about
+    Long and Float says that integers met decimal numbers. If shapes do not fit, print(x.shape) is
+    the first thing to try."""
+    length = config.block_size + 1
+    blocks = [data[start : start + length] for start in starts]
+    blocks = np.stack(blocks).astype(np.int64)  # (B, T + 1)
+    blocks = torch.from_numpy(blocks)
     if config.device == "cuda":
-        blocks = blocks.pin_memory()            # so that it can be copied while Python goes on,
-    blocks = blocks.to(config.device, non_blocking=True)  # which is what non_blocking asks for
-    return blocks[:, :-1], blocks[:, 1:]
+        blocks = blocks.pin_memory()  # lets the GPU fetch them while Python goes on: non_blocking
+    blocks = blocks.to(config.device, non_blocking=True)
+    x = blocks[:, :-1]                          # all but the last character of each block
+    y = blocks[:, 1:]                           # all but the first
+    return x, y
 
 
 # -------------------------------- model ---------------------------------------------------------
 class Head(nn.Module):
-    """Self-attention: how a character looks at those before it (Vaswani et al. 2017).
-    Each character comes with three lists of D numbers. Its query says what it is looking for, its
-    key what it contains, its value what it passes on. MultiHeadAttention, the next class, makes
-    them from what is known of the character, with weights that are learned. The dot product of a
-    query and a key (multiply number by number, then add up) is a score for how well the two fit.
-    The scores become shares, and each character takes that mixture of the values. Older networks,
-    called recurrent, read one character after the other; here all positions look back at the same
-    time, which is what GPUs are good at.
-    q, k, v: (B, H, T, D), the queries, keys and values of all texts and heads, in one call. The
+    """Self-attention: each character looks at those before it (Vaswani et al. 2017).
+    Each character has three lists of D numbers, made by MultiHeadAttention below. Its query says
+    what it is looking for, its key what it contains, its value what it passes on. For example, the
+    query of a vowel may fit the keys of consonants. How well a query and a key fit is a score:
+    their dot product (multiply number by number, then add up). The scores become shares, which add
+    up to 1, and by these shares each character mixes the values of those that it sees. Older
+    networks, called recurrent, read one character after the other. Here all characters look back at
+    the same time, which is what GPUs are good at.
+    q, k, v: queries, keys and values, each (B, H, T, D), for all texts and heads in one call. The
     course has a module for each head, which computes the same, only more slowly."""
 
     def written_out(self, q, k, v):
-        """What forward computes, step by step, for reading and for trying out with print."""
-        T, D = q.shape[-2:]
-        # In a matrix product, @, each number is the dot product of a row and a column, so the inner
-        # sizes must agree: (T, D) @ (D, T) -> (T, T), a score for each query and key, in each text
-        # and head.
+        """What forward computes, step by step: to be read, and to be tried out with print."""
+        T, D = q.shape[-2:]  # the last two sizes
+        # The product of matrices, @, has the dot product of each row on its left with each column
+        # on its right. The keys are rows, so transpose turns them into columns: (T, D) @ (D, T) is
+        # (T, T), the score of each query with each key. The inner sizes, D and D, must agree.
         scores = q @ k.transpose(-2, -1)                          # (B, H, T, T)
-        # A sum of D products grows like sqrt(D), as plus and minus partly cancel (100 coin tosses,
-        # +1 or -1 each, sum up to some 10, not 100). If scores were large, one character would get
-        # nearly all of the share, and whatever the others have to say would be lost.
+        # The more products are added up, the larger the scores: about sqrt(D) times as large. With
+        # large scores, one character would get nearly the whole share, and the others no say.
         scores = scores / math.sqrt(D)
-        # Position t sees positions 0 to t, the lower triangle: the rest is the future, which the
-        # model is to predict. (The course keeps this constant mask in a register_buffer, a tensor
-        # that moves to the GPU with the model but is not learned.)
+        # A character sees itself and those before it. What comes later is hidden, because the model
+        # shall learn to predict it. tril keeps the lower triangle of a table of True. (The course
+        # keeps this mask in a register_buffer: a tensor of a module that is not learned.)
         visible = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(~visible, -math.inf)          # whose share is e ** -inf = 0
-        # Softmax: e ** score, divided by the sum of these in the row. So they become shares of 1.
+        scores = scores.masked_fill(~visible, -math.inf)          # ~ is "not"
+        # Softmax makes shares of the scores in a row: e ** score, divided by the sum of all of
+        # these. The share of a hidden character is e ** -inf, which is 0.
         shares = scores.softmax(dim=-1)                           # (B, H, T, T)
         return shares @ v                                         # (B, H, T, D)
 
     def forward(self, q, k, v):
-        # The same in one call, which on most devices never stores the T x T scores. is_causal is
-        # the mask. (When the model writes, there is often a single query, the newest character's,
-        # which may see all keys.)
+        # PyTorch does all of this in one call, which is faster. is_causal means the mask. (A single
+        # query is that of the newest character, which sees all, so it needs no mask.)
         several = bool(q.shape[-2] > 1)
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=several)
 
 
 class MultiHeadAttention(nn.Module):
     """Several heads read the same text at the same time, like several readers of one book, each
-    with questions of its own. Their findings are joined and mixed. (B, T, C) -> (B, T, C).
-    An nn.Linear is Wx + b: a matrix product with learned weights W, and a learned bias b. An
-    nn.Module finds the parameters inside it, so that the optimizer can be handed all of them,
-    .to(device) moves all of them and state_dict() saves all of them.
+    with questions of its own. What they find is joined and mixed. (B, T, C) -> (B, T, C).
+    nn.Linear computes Wx + b, a matrix product and a sum; the numbers in W and b are learned.
+    nn.Module, from which all parts of the model are made, knows the parameters inside it: so they
+    can be trained, moved to another device and saved all together. Calling a module, as in
+    self.head(q, k, v), runs its forward.
     ValueError if the heads cannot share C evenly."""
 
     def __init__(self, config):
@@ -215,18 +210,18 @@ class MultiHeadAttention(nn.Module):
         D = C // H
         # One product makes the queries, keys and values of all heads, side by side.
         q, k, v = self.qkv(x).split(C, dim=2)        # (B, T, 3 C) -> (B, T, C) each
-        # C is cut into H pieces of D; then T and H change places: each head gets a (T, D). (view
-        # keeps the numbers in their order and only divides them differently: it cannot swap.)
+        # view divides the C numbers of each character among the heads; transpose lets T and H
+        # change places, so that each head has the whole text.
         q = q.view(B, T, H, D).transpose(1, 2)       # (B, T, C) -> (B, T, H, D) -> (B, H, T, D)
         k = k.view(B, T, H, D).transpose(1, 2)
         v = v.view(B, T, H, D).transpose(1, 2)
-        # When the model writes, x is first the prompt, then only the newest character, and T is 1.
-        # The keys and values of those before it were computed already, and do not change (see
-        # GPT.stream): cache has kept them. It is {module: (keys, values)}: each layer has its own.
+        # Only when the model writes is there a cache. Then x has just the newest character, and the
+        # keys and values of those before it are in the cache (GPT.stream says why they may stay
+        # there). It is a dictionary in which each module has its own: {module: (keys, values)}.
         if cache is not None:
             if self in cache:
                 old_k, old_v = cache[self]
-                k = torch.cat((old_k, k), dim=2)
+                k = torch.cat((old_k, k), dim=2)     # cat: one behind the other
                 v = torch.cat((old_v, v), dim=2)
             cache[self] = (k, v)
         x = self.head(q, k, v)                       # (B, H, T, D)
@@ -236,11 +231,11 @@ class MultiHeadAttention(nn.Module):
 
 class FeedForward(nn.Sequential):
     """Linear, ReLU, Linear: each character thinks about what it has seen. (B, T, C) -> (B, T, C),
-    with 4 C in between, as is custom. A Sequential runs its modules in turn: that is its forward.
-    ReLU makes negative numbers 0; without it, two linear maps would be one, since A(Bx) = (AB)x.
-    (Sigmoid and tanh are no straight lines either, but nearly flat for large inputs, where little
-    can be learned.) Dropout turns off random activations (numbers between layers) in training, so
-    that none can rely on another being there."""
+    with 4 C in between, as is custom. A Sequential runs its modules one after the other.
+    ReLU makes negative numbers 0. Without it, the two Linears could do no more than one alone.
+    (Other such functions are sigmoid and tanh, which older networks used.) Dropout sets random
+    activations, numbers on their way through the model, to 0 in training: so the model learns not
+    to depend on any single one."""
 
     def __init__(self, config):
         super().__init__(nn.Linear(config.n_embd, 4 * config.n_embd),
@@ -250,17 +245,14 @@ class FeedForward(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward: one layer of the model. (B, T, C) -> (B, T, C).
-    Each result is added to its input. This is called a residual: what was known is kept, and each
-    layer only adds to it. (Gradients, by which a model learns, come back through a sum as well as
-    through the layer beside it, so that they do not fade on the way to the first layers.) A norm
-    follows each sum: it brings each character's C numbers to mean 0 and variance 1, so that they
-    keep one scale from layer to layer. Then each of the C gets a factor and an offset of its own,
-    which are learned, in case another scale serves better. This order is post-norm, as in the
-    course. GPT-2 uses pre-norm, x + sublayer(norm(x)), which is easier to train; with post-norm,
-    gradients are large at first, so training has to begin with small steps (see learning_rate).
-    The first Transformer was a translator: an encoder read one language, a decoder wrote the other
-    and also looked at what the encoder had read (cross-attention). This is the decoder alone."""
+    """One layer of the model: attention, then feed-forward. (B, T, C) -> (B, T, C).
+    What each of them finds is added to what was known before. This is called a residual: a layer
+    only adds to what it got, so that nothing is lost on the way through many layers. A norm follows
+    each sum. It shifts and scales the C numbers of each character, so that their mean is 0 and
+    their variance 1: otherwise they would grow from sum to sum.
+    The norm comes after the sum (post-norm), as in the course; GPT-2 puts it before attention and
+    before feed-forward (pre-norm). The first Transformer had two halves, to translate: an encoder
+    read one language, a decoder wrote the other. This is the decoder alone."""
 
     def __init__(self, config):
         super().__init__()
@@ -271,151 +263,154 @@ class Block(nn.Module):
 
     def forward(self, x, cache=None):
         x = self.norm1(x + self.attention(x, cache))
-        return self.norm2(x + self.feedforward(x))
+        x = self.norm2(x + self.feedforward(x))
+        return x
 
 
 class GPT(nn.Module):
     """The model: for each character of a text, it scores each character that could come next.
     An embedding is a table with a row of C numbers for each id: what the model knows of that
-    character. Attention compares characters, but does not see where they stand, so a second table
-    has a row for each position. All these numbers start at random and are learned. (The first
-    Transformer computed the rows of its positions with sines.)"""
+    character. Attention does not see where characters stand, so a second table has a row for each
+    position. All these numbers are learned. (The first Transformer computed its rows of positions
+    with sines.)"""
 
     def __init__(self, config, vocab_size):
         super().__init__()
         self.config = config
         self.tokens = nn.Embedding(vocab_size, config.n_embd)
         self.positions = nn.Embedding(config.block_size, config.n_embd)
-        # A ModuleList only holds its modules; forward runs them.
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.LayerNorm(config.n_embd)  # as in the course, though each block ends with one
+        self.blocks = nn.ModuleList()  # a list that nn.Module knows; it only holds its modules
+        for _ in range(config.n_layer):
+            self.blocks.append(Block(config))
+        self.norm = nn.LayerNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, vocab_size)
-        # Matrices start at random, N(0, 0.02): normal, with mean 0 and spread 0.02. They differ, so
-        # that neurons, the outputs of a layer, learn different things. They are small, so that
-        # signals do not explode on their way; residuals and norms keep them from vanishing.
+        # All numbers in matrices and tables start at random, N(0, 0.02): with mean 0, and mostly
+        # between -0.04 and 0.04. If they were equal, all would learn the same; if they were large,
+        # what passes through the layers would grow and grow.
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            # and the scales of norms are 1, as PyTorch makes them
 
     def forward(self, index, targets=None, cache=None, start=0):
-        """index, targets: int64 (B, T), T <= block_size -> (logits (B, T, V), loss or None).
-        Logits are scores; softmax makes shares of them. The loss is the cross-entropy, or negative
-        log likelihood: the mean of -ln(share of the character that came). An untrained model's
-        scores are all near 0, so it guesses about evenly, 1/V for each, which costs ln V: 4.38 for
-        80 characters. (Mean squared error is for regression, which predicts a quantity.)
-        cache and start are for generation: see stream. ValueError if a text is too long."""
+        """Ids -> (logits, loss). index and targets are the x and y of get_batch, int64 (B, T).
+        Logits are scores, (B, T, V): softmax makes shares of them, the model's guesses. The loss
+        measures how wrong they are: the mean of -ln(share of the character that came), which is 0
+        for a share of 1 and large for a small one. It is called cross-entropy, or negative log
+        likelihood. Before training, all of V characters get about the same share, 1/V, so the loss
+        is -ln(1/V) = ln V: 4.38 for 80 characters. Without targets, it is None.
+        (Mean squared error, another loss, is for predicting quantities.)
+        cache and start are for stream, below. ValueError if a text is longer than block_size."""
         end = start + index.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} characters do not fit: block_size is {self.config.block_size}")
-        x = self.tokens(index) + self.positions.weight[start:end]  # (B, T, C) + (T, C)
+        # What is known of each character, plus what is known of its position: (B, T, C) + (T, C).
+        x = self.tokens(index) + self.positions.weight[start:end]
         for block in self.blocks:
             x = block(x, cache)
-        logits = self.lm_head(self.norm(x))                        # (B, T, V)
+        logits = self.lm_head(self.norm(x))                        # (B, T, C) -> (B, T, V)
         if targets is None:
             return logits, None
-        scores = logits.flatten(0, 1).float()                      # (B*T, V), float32 in any case
+        # cross_entropy wants all characters of the batch in one row: B * T of them.
+        scores = logits.flatten(0, 1).float()                      # (B*T, V)
         loss = nn.functional.cross_entropy(scores, targets.flatten())
         return logits, loss
 
-    @torch.inference_mode()  # keeps nothing for backward, which only training needs
+    @torch.inference_mode()  # saves memory and time that only training needs
     def stream(self, index, max_new_tokens, temperature=1.0, top_k=None):
-        """Continues index, int64 (B, T) with T >= 1, by one new character at a time, (B, 1). yield
-        hands it out; when the next one is asked for, the function goes on from there.
-        temperature and top_k: see draw.
-        cache keeps the keys and values of what was read, so that only the newest character has to
-        be read. They stay valid, because each character sees only those before it, in every layer:
-        what comes later changes nothing in what an earlier one knows.
-        The model sees block_size characters. When the text gets one too long, only its last half is
-        kept. These characters then have new positions, from 0 on, and a key is made from a
-        character and its position. So the keys in the cache no longer hold, and the half is read
-        again, into an empty one. This happens once in block_size / 2 characters."""
-        index = index[:, -self.config.block_size:]              # crop to what the model can see
+        """Continues a text: yields one new character after the other, (B, 1).
+        index: the ids of the text, int64 (B, T), with T >= 1. temperature and top_k: see draw.
+        Only the newest character has to be read each time. cache keeps the keys and values of those
+        before it, and they stay valid: a character sees only what comes before it, so nothing that
+        is written later can change what it knows.
+        The model sees block_size characters. When the text is longer, only its last half is kept.
+        Then each character has a new position, and with it a new key and value. So cache starts
+        again, empty, and the half is read anew, once in block_size / 2 characters."""
+        index = index[:, -self.config.block_size:]            # crop to what the model can see
         cache = {}
-        start = 0                                               # position of the first one to read
+        start = 0                                             # position of the first one to read
         for _ in range(max_new_tokens):
-            logits, _ = self(index[:, start:], cache=cache, start=start)
-            drawn = draw(logits[:, -1], temperature, top_k)     # from the last position's scores
-            yield drawn
-            start = index.shape[1]                              # "abc": 3, where the 4th will be
-            index = torch.cat((index, drawn), dim=1)
-            if index.shape[1] > self.config.block_size:         # full: go on with its last half
-                index = index[:, -max(1, self.config.block_size // 2):]
+            unread = index[:, start:]
+            logits, _ = self(unread, cache=cache, start=start)
+            newest = draw(logits[:, -1], temperature, top_k)  # from the last position's scores
+            yield newest                                      # hands it out, and goes on from here
+            start = index.shape[1]
+            index = torch.cat((index, newest), dim=1)
+            if index.shape[1] > self.config.block_size:       # too long
+                half = max(1, self.config.block_size // 2)
+                index = index[:, -half:]
                 cache = {}
                 start = 0
 
     def generate(self, index, max_new_tokens, temperature=1.0, top_k=None):
-        """index (B, T) with its continuation, (B, T + max_new_tokens). See stream."""
-        drawn = list(self.stream(index, max_new_tokens, temperature, top_k))
-        return torch.cat([index, *drawn], dim=1)
+        """The text with its continuation, (B, T + max_new_tokens). See stream."""
+        pieces = [index]
+        for newest in self.stream(index, max_new_tokens, temperature, top_k):
+            pieces.append(newest)
+        return torch.cat(pieces, dim=1)
 
 
 def draw(logits, temperature=1.0, top_k=None):
     """Scores (B, V) -> the id of one character for each text, int64 (B, 1).
-    A temperature below 1 makes likely characters likelier, one above 1 evens them out, and 0 takes
-    the likeliest. top_k allows only the k likeliest. (Among equally likely characters,
-    temperature 0 and top_k prefer the first in the vocabulary.)"""
+    A temperature below 1 makes likely characters likelier, and 0 always takes the likeliest; one
+    above 1 gives unlikely ones a chance. top_k allows only the k likeliest."""
     if temperature < 1e-6:  # dividing by it would fail
         return logits.argmax(dim=-1, keepdim=True)
     shares = (logits.float() / temperature).softmax(dim=-1)
     if top_k:
-        ids = shares.argsort(dim=-1, descending=True, stable=True)
-        others = ids[:, top_k:]                                 # all after the k-th
-        shares = shares.scatter(-1, others, 0.0)                # their shares become 0
-    return torch.multinomial(shares, 1)  # each is drawn by its share, as with a loaded die
+        ids = shares.argsort(dim=-1, descending=True, stable=True)  # the likeliest first
+        shares = shares.scatter(-1, ids[:, top_k:], 0.0)            # 0 for all after the k-th
+    return torch.multinomial(shares, 1)  # each is drawn as often as its share says
 
 
 # -------------------------------- learning ------------------------------------------------------
 def autocast(config):
-    """With dtype bfloat16, matrix products use 16 bits, faster where the processor has instructions
-    for them. PyTorch knows what needs more digits (norm, softmax, loss) and keeps it in float32."""
+    """For dtype bfloat16: inside "with autocast(config):", matrix products use 16 bits for a number
+    instead of 32, which is faster where the processor has instructions for it."""
     return torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
-@torch.no_grad()
+@torch.no_grad()  # saves memory and time that only training needs
 def estimate_loss(model, splits, config):
-    """Mean loss of each split, over eval_iters batches: {"train": float, "val": float}.
-    The batches are spread evenly over the split and the same every time, so that two evaluations
-    can be compared. eval() turns dropout off, train() on again, if it was on; no_grad() keeps
-    nothing for backward, which only training needs. Overfitting is when train keeps falling while
-    val rises: it learns by heart. More text, more dropout, a smaller model or fewer steps help.
-    (train, in part two, keeps the weights with the lowest val.)"""
+    """The mean loss of each split, over eval_iters batches: {"train": float, "val": float}.
+    The batches are spread evenly over the split, and are the same every time, so that evaluations
+    can be compared. eval() switches dropout off, train(True) on again.
+    While the model learns, both losses fall. If only train falls and val rises, it learns by heart,
+    which is called overfitting. More text, more dropout, a smaller model or fewer steps help."""
     was_training = model.training
     model.eval()
     means = {}
     for name, data in splits.items():
         last = len(data) - config.block_size - 1
-        # eval_iters * B places from the first to the last, then B of them for each batch
         places = np.linspace(0, last, config.eval_iters * config.batch_size, dtype=np.int64)
         losses = []
-        for starts in np.split(places, config.eval_iters):
+        for starts in places.reshape(config.eval_iters, config.batch_size):
             x, y = get_batch(data, config, starts)
             with autocast(config):
                 _, loss = model(x, y)
-            losses.append(loss.item())
+            losses.append(loss.item())  # item: a tensor of one number -> that number
         means[name] = sum(losses) / len(losses)
     model.train(was_training)
     return means
 
 
 def make_optimizers(model, config):
-    """A list, [AdamW] or [AdamW, Muon]: what moves the weights.
-    A weight's gradient says how the loss changes if that weight grows a little. Gradient descent
-    moves it the other way. Adam (Kingma and Ba 2014) keeps two running averages for each weight:
-        average = 0.9 * average + 0.1 * gradient            (momentum: it evens out the noise)
-        square = 0.99 * square + 0.01 * gradient ** 2       (as in RMSprop)
+    """What moves the weights (another word for parameters): a list, [AdamW] or [AdamW, Muon].
+    The gradient of a weight says how much the loss grows if that weight grows a little. So each
+    weight is moved the other way: gradient descent. Adam (Kingma and Ba 2014) keeps two averages
+    for each weight:
+        average = 0.9 * average + 0.1 * gradient         (momentum, against the noise of batches)
+        square = 0.99 * square + 0.01 * gradient ** 2    (from an older optimizer, RMSprop)
         weight = weight - learning_rate * average / sqrt(square)
-    Gradients that are always 5, or always 0.005, give 5 / 5 or 0.005 / 0.005: so all weights move
-    at a similar pace. (Left out: a correction while the averages are young, and a tiny number that
-    keeps the division from failing.) 0.9 and 0.99 are its betas. The W (Loshchilov and Hutter 2017)
-    stands for weight decay: apart from this, each matrix shrinks a little at every step, since
-    learning single examples by heart needs large weights. fused=True does it all in one call."""
+    If a gradient is always 5, it moves its weight by learning_rate * 5 / 5. If it is always 0.005,
+    that is learning_rate * 0.005 / 0.005, which is the same: weights with small gradients learn as
+    fast as others. The W (Loshchilov and Hutter 2017) is for weight decay: besides, each step makes
+    all matrices a little smaller, because learning by heart needs large weights."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms are not shrunk
+    vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms do not decay
     muon = []
-    if config.optimizer == "muon":  # an option, in part two: another optimizer for the blocks
+    if config.optimizer == "muon":  # another optimizer, for some of the matrices: see part two
         matrices, muon = make_muon(model, matrices, config)
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
@@ -424,48 +419,48 @@ def make_optimizers(model, config):
 
 
 def learning_rate(step, config):
-    """How far a step of gradient descent goes: too far overshoots, too short crawls. It climbs
-    while gradients are large and the optimizer's averages are still guesses, then falls in a line
-    towards 0, to settle. To find a good rate, try a few, each 3 times the last, for some hundred
-    steps, and look at the losses."""
+    """How far a step moves the weights. If it is too far, they overshoot; if it is too short,
+    learning takes for ever. The rate climbs during the first steps (warm-up), while the averages of
+    AdamW are still guesses, and then falls in a line to 0, so that the weights settle.
+    To find a good rate, try some, each 3 times the last, and compare the losses."""
     warmup = min(config.warmup_iters, config.max_iters // 2)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    rest = (config.max_iters - step) / (config.max_iters - warmup)  # what is left, from 1 to 0
-    return config.learning_rate * rest
+    share_left = (config.max_iters - step) / (config.max_iters - warmup)  # falls from 1 to 0
+    return config.learning_rate * share_left
 
 
 def training_step(model, optimizers, batches, config, step):
-    """One step of gradient descent: forward, backward, step. Returns the mean loss of its batches.
-    backward finds the gradients of all weights in one pass, from the loss back to the first layer,
-    by the chain rule, and leaves each in weight.grad, where the optimizer finds it.
-    batches: a list of tuples, (seed for dropout, x, y). With more than one, this is gradient
-    accumulation: their gradients add up to those of one batch that memory could not hold."""
+    """One step of training: forward, backward, step. Returns the mean loss.
+    backward finds the gradients of all weights, and leaves each in weight.grad. It goes through the
+    computation from the loss back to the first layer, by the chain rule of calculus.
+    batches: a list of (seed for dropout, x, y). If there is more than one, their gradients add up:
+    this is gradient accumulation, for a batch that is too large for the memory."""
     total = 0.0
     for seed, x, y in batches:
-        torch.manual_seed(seed)  # so that the step can be repeated, with the same dropout
+        torch.manual_seed(seed)  # dropout draws random numbers; so the step can be repeated exactly
         with autocast(config):
             _, loss = model(x, y)
-        loss = loss / len(batches)  # the batches' losses add up to their mean
+        loss = loss / len(batches)
         loss.backward()
-        total += loss.detach()  # the number alone, without what backward needs
-    average_gradients(model)  # in part two, for several processes; alone, it does nothing
-    # One odd batch must not throw the weights far. All gradients together are one long vector; if
-    # its length is above grad_clip, it is shortened to that.
+        total += loss.detach()  # detach: only the number, without what backward needs
+    average_gradients(model)  # when several processes train: see part two
+    # One odd batch must not throw the weights far. So if the gradients of all weights, taken as one
+    # long list of numbers, are longer than grad_clip as a vector, they are scaled down to that.
     if config.grad_clip > 0:
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     rate = learning_rate(step, config)
     for optimizer in optimizers:
-        for group in optimizer.param_groups:  # those of make_optimizers
+        for group in optimizer.param_groups:  # the groups of make_optimizers
             group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()  # since backward adds to what is there: the next step starts from 0
+        optimizer.step()       # moves the weights
+        optimizer.zero_grad()  # backward adds to the gradients that are there, so they are removed
     return total
 
 
 def learn(model, splits, config):
-    """The whole of training: again and again a batch and a step, and now and then a look at the
-    losses. (python gpt.py runs train, in part two: the same loop, and what a long run needs.)"""
+    """The whole of training: again and again a batch and a step, now and then a look at the losses.
+    (python gpt.py runs train, in part two, which does the same and saves its work.)"""
     optimizers = make_optimizers(model, config)
     data = splits["train"]
     for step in range(config.max_iters):
@@ -473,7 +468,7 @@ def learn(model, splits, config):
             print(step, estimate_loss(model, splits, config))
         starts = np.random.randint(len(data) - config.block_size, size=config.batch_size)
         x, y = get_batch(data, config, starts)
-        batch = (step, x, y)  # the step is a seed for dropout as good as any
+        batch = (step, x, y)  # the step serves as the seed for dropout
         training_step(model, optimizers, [batch], config, step)
 
 
@@ -488,17 +483,17 @@ def learn(model, splits, config):
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-STOP = []  # the signals that have asked this program to end: see ask_to_stop
+STOP = []  # signals, such as Ctrl-C, that have asked this program to end: see ask_to_stop
 
 
 # -------------------------------- a run ---------------------------------------------------------
 def train(**settings):
-    """Trains a model, or carries on with the one that is in the file out. Returns it with its best
-    weights, in eval mode. train(data="book.txt", max_iters=500) is python gpt.py --data book.txt
-    --max_iters 500. Each evaluation saves. A run that is stopped without warning loses the steps
-    since the last evaluation. Started again it repeats them, and on a CPU it ends with exactly the
-    weights of a run that was never stopped. (In a single process, main sees to it that Ctrl-C saves
-    as well.)
+    """Trains a model and returns it, with its best weights. train(data="book.txt", max_iters=500)
+    does what python gpt.py --data book.txt --max_iters 500 does.
+    Each evaluation saves the run in a file, the checkpoint. If that file exists already, the run
+    carries on from there. So a run that was killed loses the steps since its last evaluation, and
+    repeats them when it is started again. On a CPU, it ends with exactly the same weights as if it
+    had never been killed, since all its random numbers follow from the seed and the step.
     A user's mistake raises ValueError, OSError or MemoryError with a message of one line."""
     join_processes()
     config, saved, carries_on = choose_settings(settings)
@@ -515,21 +510,18 @@ def train(**settings):
 
 
 def do_steps(run):
-    """The loop, with a bar that counts characters. Asked to stop, it saves after the step."""
+    """The loop, with a bar that shows how far it has come (tqdm), if there is a terminal."""
     config = run.config
-    characters = config.batch_size * config.grad_accum * config.block_size  # of a step
-    hidden = None  # for tqdm this means: hide the bar unless there is a terminal
-    if RANK > 0:
-        hidden = True
+    characters = config.batch_size * config.grad_accum * config.block_size  # in each step
     with tqdm(total=config.max_iters, initial=run.step, unit="char", unit_scale=characters,
-              dynamic_ncols=True, disable=hidden) as bar:
+              dynamic_ncols=True, file=sys.stdout, disable=None) as bar:
         while run.step < config.max_iters:
             if run.evaluation_is_due():
                 run.evaluate()
             batches = list(draw_batches(run.splits["train"], config, run.step))
             loss = training_step(run.fast_model, run.optimizers, batches, config, run.step)
             run.step += 1
-            if STOP:  # save before anything is shown: the terminal may be gone
+            if STOP:
                 run.save()
                 return
             bar.update()
@@ -540,24 +532,24 @@ def do_steps(run):
 
 
 def draw_batches(data, config, step):
-    """Yields (seed, x, y) for this process's batches of a step: of two processes, the first takes
-    batches 0, 2, 4 and so on. All random numbers follow from the run's seed and the step. So a run
-    that carries on draws the same batches, and so do several processes together."""
+    """Yields the batches of a step: (seed for dropout, x, y). Several processes share them: of two,
+    the first takes number 0, 2, 4 and so on. All that is random follows from seed and step, so it
+    is the same when a step is repeated, and however many processes there are."""
     draw = np.random.default_rng((config.seed, step))
     size = (config.grad_accum, config.batch_size)
     starts = draw.integers(0, len(data) - config.block_size, size)
-    seeds = draw.integers(0, 2**62, config.grad_accum)  # for dropout
+    seeds = draw.integers(0, 2**62, config.grad_accum)
     for number in range(RANK, config.grad_accum, WORLD):
         x, y = get_batch(data, config, starts[number])
         yield int(seeds[number]), x, y
 
 
 class Run:
-    """What a run of training is made of, and what it can do: evaluate, save, report."""
+    """A run of training: what it is made of, and how it is evaluated, saved and reported."""
 
     def __init__(self, config, saved, carries_on):
         self.config = config
-        self.is_new = not carries_on  # nothing has been written to config.out yet
+        self.is_new = not carries_on  # nothing has been saved yet
         self.splits, self.tokenizer = load_data(config, saved.get("chars", ""))
         self.corpus = fingerprint(self.splits)
         if saved and self.tokenizer.chars != saved["chars"]:  # an id must keep its meaning
@@ -568,7 +560,7 @@ class Run:
         self.best = {}    # the best weights so far: {name: tensor}
         if carries_on:
             self.carry_on(saved)
-        elif saved:
+        elif saved:       # fine-tuning starts from the best weights of another run
             self.model.load_state_dict(saved["best"])
 
     def carry_on(self, saved):
@@ -577,9 +569,8 @@ class Run:
         if saved["corpus"] != self.corpus:
             cause = f"{config.data} has changed, or is another text"
             if not config.data:
-                old = saved.get("python", "another version")
-                cause = (f"it was trained on the documentation of Python {old}, and this is that "
-                         f"of Python {platform.python_version()}")
+                cause = (f"it was trained on the documentation of Python {saved['python']}, and "
+                         f"this is that of Python {platform.python_version()}")
             raise ValueError(f"{config.out} cannot carry on: {cause}; choose another --out, and "
                              f"--init_from {config.out} to start from its weights")
         restore(self.optimizers, saved["optimizer"], config.out)
@@ -589,7 +580,7 @@ class Run:
         self.best = saved["best"]
 
     def evaluation_is_due(self):
-        """Every eval_interval steps and at the end, unless it was done before the run stopped."""
+        """True every eval_interval steps and at the end, unless this step has been evaluated."""
         regular = self.step % self.config.eval_interval == 0
         last = self.step == self.config.max_iters
         return (regular or last) and self.step not in self.losses
@@ -599,33 +590,30 @@ class Run:
         losses = estimate_loss(self.model, self.splits, self.config)
         self.losses[self.step] = losses
         self.save()
-        text = sample(self.model, self.tokenizer, 60)
-        line = " ".join(text.split())
+        text = sample(self.model, self.tokenizer, 60).replace("\n", " ")
         numbers = f"train {losses['train']:.4f}   val {losses['val']:.4f}"
-        tqdm.write(f"step {self.step:6,d}   {numbers}   {line}")
+        tqdm.write(f"step {self.step:6,d}   {numbers}   {text}")
 
     def best_step(self):
-        """The step whose weights chat.py gets: the one with the lowest val. Step 0 does not count,
-        as nothing was learned then; if there is no other evaluation yet, it is the latest step.
-        For pairs, it is always the latest: there, val asks for facts that are not in train, so it
-        rises while the model learns, and is lowest where it has learned least."""
+        """The step with the best weights: the one with the lowest val, except step 0, where nothing
+        was learned yet. For pairs it is the latest step: their val asks for facts that the model
+        was never told, so it does not say how well the model has learned."""
         vals = {step: losses["val"] for step, losses in self.losses.items() if step > 0}
         if kind_of(self.config.data) == "pairs" or not vals:
             return self.step
         return min(vals, key=vals.get)
 
     def save(self):
-        """Saves what the run needs to carry on. If the learning rate is too high, weights become
-        infinite or nan. Saving them would ruin the file: ValueError. A new run does not write over
-        a file that has appeared since it began: OSError."""
+        """Writes the checkpoint: all that the run needs to carry on. ValueError if a weight is no
+        longer a number: saving it would ruin the file. OSError if the file cannot be written, or if
+        it is another run's."""
         config = self.config
         weights = self.model.state_dict()
-        vals = torch.tensor([losses["val"] for losses in self.losses.values()])
-        if not are_finite([vals, *weights.values()]):
-            raise ValueError(f"step {self.step}: the loss or a weight is no longer a number, so "
-                             "this was not saved: lower --learning_rate")
+        if not are_finite(weights):
+            raise ValueError(f"step {self.step}: a weight is no longer a number, so this was not "
+                             "saved: lower --learning_rate")
         if self.best_step() == self.step:
-            # A copy, since the next step changes the weights in place.
+            # Copies, since the next step changes the weights in place.
             self.best = {name: tensor.clone() for name, tensor in weights.items()}
         if RANK > 0:
             return
@@ -640,28 +628,25 @@ class Run:
         self.is_new = False
 
     def introduce(self):
-        """The first lines: what trains on what."""
+        """The first lines: what is trained, and on what."""
         config = self.config
+        kind = kind_of(config.data)
+        if kind != "pairs":  # for pairs, load_pairs has said more
+            count = sum(len(ids) for ids in self.splits.values())
+            print(f"corpus  {config.data or 'built in'}: {kind}, {count:,} characters, "
+                  f"{self.tokenizer.vocab_size:,} different ones")
         device = config.device
         if device == "cuda":
             device = torch.cuda.get_device_name()
         count = sum(p.numel() for p in self.model.parameters())
-        name = config.data or "built in"
-        progress = f"at step {self.step:,} of {config.max_iters:,}"
-        print(f"corpus  {name}: {describe(self.splits, self.tokenizer, config)}")
-        print(f"model   {config.out}: {count:,} parameters, {progress}, on {device} in "
-              f"{config.dtype}")
+        print(f"model   {config.out}: {count:,} parameters, at step {self.step:,} of "
+              f"{config.max_iters:,}, on {device} in {config.dtype}")
         if config.compile and self.step < config.max_iters:
             print("the first step compiles, which can take a minute")
 
     def report(self):
         """The last lines: how it went, and what to do next."""
         config = self.config
-        vals = {step: losses["val"] for step, losses in self.losses.items()}
-        if vals:
-            last = vals[max(vals)]
-            best = vals.get(self.best_step(), last)
-            print(f"losses  last {last:.4f}, best {best:.4f}   {curve(list(vals.values()))}")
         if config.device == "cuda":
             gib = torch.cuda.max_memory_allocated() / 2**30
             print(f"memory  {gib:.2f} GiB of the GPU at most")
@@ -670,29 +655,32 @@ class Run:
             print(f"\nstopped at step {self.step:,}; the same command carries on")
         else:
             print(f"\nfinished at step {self.step:,}; for more, raise --max_iters")
-        command = f"python chat.py --model {shlex.quote(config.out)}"
-        print(f"weights of step {self.best_step():,}: {command}")
+        best = self.best_step()
+        if best in self.losses:
+            print(f"best    step {best:,}, val {self.losses[best]['val']:.4f}")
+        print(f"talk to it: python chat.py --model {shlex.quote(config.out)}")
 
 
 # -------------------------------- settings ------------------------------------------------------
 # What a model is made of, which stays as it is for as long as the model lives.
 ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer")
-# What is not taken over from a checkpoint: another machine may carry on, under another file name.
-NOT_HANDED_DOWN = ("out", "device", "dtype", "compile")
-# What may change while a run carries on. (batch_size and grad_accum may change as long as their
-# product, the number of texts in a step, stays. data may be another path to the same text.)
-MAY_CHANGE = (*NOT_HANDED_DOWN, "data", "max_iters", "eval_interval", "eval_iters", "batch_size",
-              "grad_accum")
+# A run that carries on takes all settings from its checkpoint, except these: it may have moved.
+OF_THE_MACHINE = ("out", "device", "dtype", "compile")
+# These may be changed while a run carries on. All others must stay as they were. (data may be
+# another path to the same text.)
+MAY_CHANGE = (*OF_THE_MACHINE, "data", "max_iters", "eval_interval", "eval_iters")
 CHOICES = {"optimizer": ("adamw", "muon"),
            "device": ("cpu", "cuda", "mps"),
            "dtype": ("float32", "bfloat16")}
-MAY_BE_ZERO = ("max_iters", "n_layer", "warmup_iters", "seed")
-HIGHEST = {"dropout": 0.99, "n_layer": 1000}
+# The lowest and the highest value of a number, where these are not 1 and 2**31.
+LIMITS = {"max_iters": (0, 2**31), "warmup_iters": (0, 2**31), "seed": (0, 2**31),
+          "n_layer": (0, 1000), "dropout": (0, 0.99), "learning_rate": (0, 1000),
+          "weight_decay": (0, 1000), "grad_clip": (0, 2**31)}
 
 
 def check(config):
     """A mistake in a setting is better found now than after an hour: ValueError names it."""
-    for field in fields(config):  # a field of the dataclass has a name, a type and more
+    for field in fields(config):  # a field of a dataclass has a name, a type and more
         name = field.name
         value = getattr(config, name)
         if field.type is float and type(value) is int:
@@ -703,111 +691,102 @@ def check(config):
             choices = " or ".join(CHOICES[name])
             raise ValueError(f"{name} must be {choices}, not {value!r}")
         if field.type in (int, float):
-            lowest = 1
-            if field.type is float or name in MAY_BE_ZERO:
-                lowest = 0
-            highest = HIGHEST.get(name, 2**31)
-            if not lowest <= value <= highest:  # nan, "not a number", is in no range
+            lowest, highest = LIMITS.get(name, (1, 2**31))
+            if not lowest <= value <= highest:
                 raise ValueError(f"{name} must be from {lowest} to {highest}, not {value}")
 
 
 def defaults_for(device):
-    """The values in Config are for a CPU. A GPU can work on a larger model: {name: value}."""
+    """The values in Config are for a CPU. A GPU can train a larger model: {name: value}."""
     if device != "cuda":
         return {}
     settings = dict(batch_size=64, block_size=256, n_embd=384, n_head=8, n_layer=8, dropout=0.3,
                     weight_decay=0.5, learning_rate=2e-3, warmup_iters=200, max_iters=600,
                     eval_interval=100, eval_iters=20)
-    # A GPU without bfloat16 may emulate it, in several slow steps.
+    # Older GPUs have no bfloat16, and only emulate it, which is slow.
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
         settings["dtype"] = "bfloat16"
-    # What torch.compile writes for a GPU has to be built by a C compiler, which Windows rarely has.
-    compilers = [os.environ.get("CC", "cc"), "gcc", "clang"]
-    found = any(shutil.which(name) for name in compilers)
-    settings["compile"] = sys.platform == "linux" and found
+    # torch.compile needs a C compiler, which is rare on Windows.
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    settings["compile"] = sys.platform == "linux" and compiler is not None
     return settings
 
 
 def choose_settings(given):
-    """Settings that were given, {name: value} -> (config, saved, carries_on).
-    What is not given comes from the checkpoint, if there is one; else from defaults_for; else from
-    Config. If the file named by out exists, the run carries on with it. saved is what that file
-    holds, or else the one named by init_from, or else {}."""
-    config = Config(**given)  # a first one, to know which device and files are meant
+    """given, {name: value}: what the user asked for -> (config, saved, carries_on).
+    If the file out exists, the run carries on with it. saved is what that file holds; for a new
+    run, it is what the file init_from holds, or {}. A setting that is not given comes from saved,
+    as far as it must stay as it was, and else from the device's defaults."""
+    config = Config(**given)  # a first one, to know which files and which device are meant
     out = config.out
-    if not out:  # book.txt gives book.pkl; abspath finds a name for the folder "." as well
-        path = os.path.abspath(config.data or "model")
-        out = Path(path).stem + ".pkl"
-    saved, carries_on = find_checkpoint(out, config.init_from)
-    settings = defaults_for(config.device)
+    if not out:  # book.txt gives book.pkl; abspath gives the folder "." a name
+        out = Path(os.path.abspath(config.data or "model")).stem + ".pkl"
+    folder = os.path.dirname(os.path.realpath(out))
+    if RANK == 0 and not os.path.isdir(folder):
+        raise ValueError(f"{out} cannot be saved: there is no folder {folder}")
+    saved = find_checkpoint(out)
+    carries_on = bool(saved)
+    taken_over = []
     if carries_on:
-        handed_down = set(saved["config"]) - set(NOT_HANDED_DOWN)
-    elif saved:
-        handed_down = ARCHITECTURE
-    else:
-        handed_down = ()
-    for name in handed_down:
+        taken_over = [name for name in saved["config"] if name not in OF_THE_MACHINE]
+    elif config.init_from:
+        saved = find_checkpoint(config.init_from)
+        taken_over = ARCHITECTURE
+        if not saved:
+            raise ValueError(f"{config.init_from}: no such file")
+    settings = defaults_for(config.device)
+    for name in taken_over:
         settings[name] = saved["config"][name]
-    settings.update(given)
-    settings["out"] = out
+    settings.update(given, out=out)
     config = Config(**settings)
     if saved:
         path = out if carries_on else config.init_from
-        refuse_changes(path, saved["config"], asdict(config), carries_on)
+        refuse_changes(path, saved["config"], asdict(config), taken_over)
     if config.grad_accum % WORLD:
         raise ValueError(f"grad_accum {config.grad_accum} must be divisible by {WORLD} processes")
     return config, saved, carries_on
 
 
-def refuse_changes(path, before, after, carries_on):
-    """A trained model must not be lost to a flag that does not fit it, and no flag may be ignored
-    in silence. before, after: {name: value}, what the checkpoint says and what was chosen now.
-    ValueError names a setting that has to stay as it was."""
-    before = what_stays(before, carries_on)
-    after = what_stays(after, carries_on)
-    for name in before:
-        if before[name] != after[name]:
+def refuse_changes(path, before, after, taken_over):
+    """No flag may be ignored in silence, and none may spoil a trained model: ValueError names a
+    setting that must stay as it was. before, after: {name: value}."""
+    may_change = MAY_CHANGE
+    texts_before = before["batch_size"] * before["grad_accum"]  # in a step
+    texts_after = after["batch_size"] * after["grad_accum"]
+    if texts_before == texts_after:
+        may_change += ("batch_size", "grad_accum")
+    for name in taken_over:
+        if before[name] != after[name] and name not in may_change:
             raise ValueError(f"{path} was trained with {name} {before[name]!r}, not "
                              f"{after[name]!r}: drop the flag, or start a new run with another "
                              f"--out (and --init_from {path}, if its weights are wanted)")
 
 
-def what_stays(settings, carries_on):
-    """{name: value} of the settings that a checkpoint fixes, for a run that carries on with it or
-    for a new one that starts from its weights."""
-    if not carries_on:
-        return {name: settings[name] for name in ARCHITECTURE}
-    fixed = {name: settings[name] for name in settings if name not in MAY_CHANGE}
-    fixed["batch_size * grad_accum"] = settings["batch_size"] * settings["grad_accum"]
-    return fixed
-
-
-def find_checkpoint(out, init_from):
-    """A run that exists is carried on, never overwritten, so the file out is looked for first.
-    Returns (what the checkpoint that was found holds, or {}; whether that is the file out)."""
-    folder = os.path.dirname(os.path.realpath(out))
-    if RANK == 0 and not os.path.isdir(folder):
-        raise ValueError(f"{out} cannot be saved: there is no folder {folder}")
-    found = [{}, os.path.exists(out)]
-    path = out if found[1] else init_from
-    if path and RANK == 0:
-        found[0] = load_checkpoint(path)
-    if WORLD > 1:  # process 0 sends what it found, since the others may have other disks
-        torch.distributed.broadcast_object_list(found, device=torch.device("cpu"))
-    return found
+def find_checkpoint(path):
+    """What the file holds, or {} if there is none. Of several processes, the first one reads it and
+    sends it to the others, which may run on other machines."""
+    saved = {}
+    if RANK == 0 and os.path.exists(path):
+        saved = load_checkpoint(path)
+    if WORLD > 1:
+        parcel = [saved]
+        torch.distributed.broadcast_object_list(parcel, device=torch.device("cpu"))
+        saved = parcel[0]
+    return saved
 
 
 # -------------------------------- checkpoints ---------------------------------------------------
 def save_checkpoint(path, checkpoint):
-    """Writes a dict. Killed at any instant, it leaves the old file or the new one, whole: it writes
-    beside the file, and only then renames. OSError if saving failed; the old file is untouched."""
-    path = Path(os.path.realpath(path))  # where a link points to, so that the link stays
+    """Writes a dictionary to a file. It writes a new file beside the old one and renames it in the
+    end: killed at any moment, it leaves the old file or the new one, but never half of one.
+    OSError if it failed, for example because the disk is full; then the old file is untouched."""
+    path = Path(os.path.realpath(path))  # if it is a link, the file that it points to
     temporary = Path(f"{path}.{os.getpid()}.tmp")  # model.pkl.4711.tmp in process 4711
     try:
         with open(temporary, "wb") as file:
             torch.save(checkpoint, file)
-            file.flush()             # from Python to the system
-            os.fsync(file.fileno())  # from the system to the disk, before the old file goes
+            file.flush()             # from Python to the system,
+            os.fsync(file.fileno())  # and from the system to the disk
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
         temporary.unlink(missing_ok=True)
@@ -815,97 +794,87 @@ def save_checkpoint(path, checkpoint):
 
 
 def load_checkpoint(path):
-    """Reads what save_checkpoint wrote, onto the CPU -> dict.
-    A pickle is Python's way to write objects to a file, and torch.save puts one into a zip, beside
-    the tensors. Reading a pickle can run any code that its author liked. weights_only=True builds
-    nothing but tensors and plain values, so that a stranger's file is safe.
+    """Reads what save_checkpoint wrote, onto the CPU.
+    torch.save writes a pickle, Python's format for objects, with the tensors beside it in a zip.
+    Reading a pickle can run any code that its author put there. With weights_only=True it cannot:
+    only tensors and plain values are made. So the checkpoints of strangers are safe.
     ValueError if the file is no checkpoint, or damaged; OSError if it cannot be read."""
-    try:
-        check_parts(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch prints long warnings about some foreign files
+    with open(path, "rb") as file:
+        try:
+            check_parts(file)
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            own_settings = set(asdict(Config()))
-            same_version = set(saved["config"]) == own_settings
+            same_version = saved["config"].keys() == asdict(Config()).keys()
             if same_version:
                 check_weights(saved)
-    except Exception as error:  # a foreign file can fail in any way
-        if isinstance(error, OSError) and error.filename:
-            raise  # it could not even be opened
-        if is_out_of_memory(error):
-            raise ValueError(f"{path} does not fit in memory")
-        raise ValueError(f"{path} is no checkpoint of gpt.py, or it is damaged")
+        except Exception as error:  # a foreign file can fail in any way
+            if is_out_of_memory(error):
+                raise ValueError(f"{path} does not fit in memory")
+            raise ValueError(f"{path} is no checkpoint of gpt.py, or it is damaged")
     if not same_version:
         raise ValueError(f"{path} was made by another version of gpt.py, with other settings")
     return saved
 
 
-def check_parts(path):
-    """A damaged weight must not be taken for a good one. A zip has a checksum of each of its parts,
-    a number that changes when the part does. torch.load does not look at it, but testzip does."""
-    with zipfile.ZipFile(path) as file:
-        damaged = file.testzip()  # the name of a part, or None
-        # torch.save leaves these attributes at 0, and torch.load takes some of them for orders.
-        flags = [part.external_attr for part in file.infolist()]
-    if damaged or any(flags):
+def check_parts(file):
+    """A zip has a checksum for each of its parts, a number that no longer fits if the part is
+    damaged. torch.load does not look at it, so a damaged weight would pass for a good one."""
+    with zipfile.ZipFile(file) as parts:
+        damaged = parts.testzip()
+        # These attributes are 0 in what torch.save writes; others would change how it is read.
+        attributes = [part.external_attr for part in parts.infolist()]
+    if damaged or any(attributes):
         raise ValueError("damaged")
 
 
 def check_weights(saved):
-    """Weights must fit the model that the file describes, and nothing that a run needs may be
-    missing. Otherwise it raises an error, of whatever kind.
-    The model is made on the device meta, where tensors have shapes but no numbers. So absurd sizes
-    in a file cost no memory, and loading weights only compares their names and shapes."""
-    missing = {"corpus", "step", "losses", "optimizer"} - set(saved)
-    if missing:
-        raise ValueError(f"without {missing}")
-    config = Config(**saved["config"])
+    """Raises some error if a run could not go on with this: if something is missing, or if the
+    weights do not fit the model that the settings describe. That model is made on the device meta,
+    where tensors have shapes but no numbers: so it takes no memory, whatever size the file says."""
+    missing = {"corpus", "python", "step", "losses", "optimizer"} - set(saved)
     tokenizer = CharTokenizer(saved["chars"])
-    if tokenizer.chars != saved["chars"]:
-        raise ValueError("not a vocabulary")
+    if missing or tokenizer.chars != saved["chars"]:
+        raise ValueError("incomplete")
     with torch.device("meta"):
-        model = GPT(config, tokenizer.vocab_size)
+        model = GPT(Config(**saved["config"]), tokenizer.vocab_size)
     for weights in (saved["model"], saved["best"]):
-        model.load_state_dict(weights)
-        if not are_finite(weights.values()):
-            raise ValueError("weights are infinite or nan")
+        if shapes_of(weights) != shapes_of(model.state_dict()) or not are_finite(weights):
+            raise ValueError("other weights")
 
 
-def are_finite(tensors):
-    """True if none of their numbers is infinite or nan, "not a number"."""
-    return all(tensor.isfinite().all() for tensor in tensors)
+def shapes_of(weights):
+    return {name: tensor.shape for name, tensor in weights.items()}
+
+
+def are_finite(weights):
+    """False if a number in {name: tensor} is infinite or nan, "not a number"."""
+    return all(tensor.isfinite().all() for tensor in weights.values())
 
 
 def restore(optimizers, states, path):
-    """Gives optimizers back what they keep for each weight, as AdamW its two averages.
-    states: for each optimizer, {number of a weight: {name: tensor}}. PyTorch does not check their
-    sizes when it loads them, but relies on them later. ValueError if they do not fit."""
+    """Gives optimizers back what they remember of each weight, as AdamW its two averages. PyTorch
+    does not check that their sizes fit, so this does. ValueError if they do not.
+    states: for each optimizer, {number of a weight: {name: tensor}}."""
     try:
         for optimizer, state in zip(optimizers, states, strict=True):
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
-            for weight in optimizer.state:
-                check_kept(optimizer.state[weight], weight)
+            for weight, kept in optimizer.state.items():
+                for name, tensor in kept.items():
+                    shape = weight.shape
+                    if name == "step":  # a count of steps, a single number
+                        shape = ()
+                    if tensor.shape != shape or not tensor.is_contiguous():
+                        raise ValueError(name)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: what its optimizer kept does not fit the model: {error}")
-
-
-def check_kept(kept, weight):
-    """kept: {name: tensor}. "step" is a single number; all else has the weight's shape."""
-    for name, tensor in kept.items():
-        shape = weight.shape
-        if name == "step":
-            shape = ()
-        if tensor.shape != shape or not tensor.is_contiguous():
-            raise ValueError(name)
 
 
 def load_model(path, device="cpu"):
     """A checkpoint -> (model with its best weights, in eval mode; tokenizer).
     ValueError if the file is no checkpoint or the device is not there, OSError if it is missing."""
     saved = load_checkpoint(path)
-    settings = dict(saved["config"], device=device, dtype="float32")
-    config = Config(**settings)
+    saved["config"].update(device=device, dtype="float32")
+    config = Config(**saved["config"])
     prepare_device(config)
     tokenizer = CharTokenizer(saved["chars"])
     model = GPT(config, tokenizer.vocab_size)
@@ -915,7 +884,7 @@ def load_model(path, device="cpu"):
 
 # -------------------------------- reading texts -------------------------------------------------
 def kind_of(path):
-    """What --data names. All code that depends on the kind of a corpus calls this."""
+    """What --data names."""
     if not path:
         return "Python's documentation"
     if Path(path, "vocab.json").exists():
@@ -927,110 +896,129 @@ def kind_of(path):
     return "text"
 
 
-def read_documents(path):
-    """Yields all that path names in pieces, with END behind each document."""
+def list_texts(path):
+    """The files that make up a corpus: all .txt files in a folder and in its folders, or the one
+    file that path names. For the built-in text, the list is empty."""
     if not path:
-        from pydoc_data.topics import topics
+        return []
+    if not os.path.isdir(path):
+        return [path]
+    texts = []
+    others = 0
+    for file in sorted(Path(path).rglob("*")):
+        if file.is_dir() or file.name.startswith("._"):  # macOS writes ._ files beside others
+            continue
+        if file.suffix.lower() == ".txt":
+            texts.append(file)
+        else:
+            others += 1
+    if not texts:
+        raise ValueError(f"{path}: neither .txt files nor the vocab.json of prepare_owt.py")
+    if others > 0:
+        print(f"{path}: {others:,} files do not end in .txt and are not read")
+    return texts
+
+
+def read_documents(names):
+    """Yields the texts of list_texts in pieces, with END behind each."""
+    if not names:
+        from pydoc_data.topics import topics  # a dictionary of texts, part of Python
         for text in topics.values():
             yield clean(text) + END
-        return
-    names = [path]
-    if os.path.isdir(path):
-        names, _ = list_texts(path)
     for name in names:
         yield from read_text(name)
         yield END
 
 
-def list_texts(folder):
-    """The .txt files in a folder and in its folders -> (their paths, how many others there are)."""
-    texts = []
-    others = 0
-    for path in sorted(Path(folder).rglob("*")):
-        if path.is_dir() or path.name.startswith("._"):  # macOS writes ._ files beside others
-            continue
-        if path.suffix.lower() == ".txt":
-            texts.append(path)
-        else:
-            others += 1
-    if not texts:
-        raise ValueError(f"{folder}: neither .txt files nor the vocab.json of prepare_owt.py")
-    return texts, others
-
-
 def read_text(path):
-    """Yields a text file in pieces, each of about a megabyte, so that it may be large.
-    What is not text would be learned all the same, as noise. ValueError says where bytes are
-    neither UTF-8 nor UTF-16, or where a NUL character shows that the file is not text."""
-    advice = "save it as UTF-8, or use prepare_owt.py for an archive"
+    """Yields a text file in pieces of about a million characters. Whatever ends its lines, Python
+    makes "\\n" of it. ValueError says where the file is no text, as that is nothing to learn."""
     line = 1
     with open(path, "rb") as file:
         encoding = encoding_of(file.peek(2))
-        # Where a piece ends within a character, or between \r and \n, the decoder keeps its first
-        # bytes until the next piece.
-        decoder = codecs.getincrementaldecoder(encoding)()
-        decoder = io.IncrementalNewlineDecoder(decoder, translate=True)
-        at_end = False
-        while not at_end:
-            data = file.read(2**20)
-            at_end = len(data) < 2**20
-            try:
-                piece = decoder.decode(data, at_end)
-            except UnicodeDecodeError as error:
-                good = error.object[: error.start].decode(encoding, "ignore")
-                line += good.count("\n")
-                raise ValueError(f"{path}, line {line:,}: this is not {encoding}; {advice}")
-            before, nul, _ = piece.partition("\0")
-            line += before.count("\n")
-            if nul:
-                raise ValueError(f"{path}, line {line:,}: a NUL, so this is no text; {advice}")
-            yield piece.replace(END, UNK)
-
-
-def codes_of(text):
-    """str -> the number of each character in Unicode, 1-D uint32: "hi" becomes 104, 105."""
-    # UTF-32 writes each character as its number, in 4 bytes, and frombuffer reads these bytes as
-    # numbers. (surrogatepass: a text with halves of characters in it shall not raise an error.)
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-
-
-def characters_of(pieces):
-    """Which characters occur in a text -> str, sorted. The text comes in pieces, any strings that
-    follow each other, since a large one would take too much memory as a whole."""
-    occurs = np.zeros(sys.maxunicode + 1, bool)  # for each character of Unicode: not yet
-    for piece in pieces:
-        occurs[codes_of(piece)] = True
-    return "".join(chr(code) for code in np.flatnonzero(occurs))
-
-
-def encode_pieces(pieces, tokenizer):
-    """A text that comes in pieces -> its ids, 1-D uint16."""
-    ids = bytearray()  # it grows in place, so only the ids and one piece of text are in memory
-    for piece in pieces:
-        ids += tokenizer.encode(piece).tobytes()
-    return np.frombuffer(ids, np.uint16)
+        # surrogateescape: bytes that are no characters become codes from U+DC80 on, which no text
+        # has. And only a file that is not text has a NUL, "\\0".
+        text = io.TextIOWrapper(file, encoding, errors="surrogateescape")
+        try:
+            while piece := text.read(2**20):
+                bad = re.search("[\\0\ud800-\udfff]", piece)
+                if bad:
+                    line += piece.count("\n", 0, bad.start())
+                    raise ValueError(f"{path}, line {line:,}: this is not {encoding} text; save it "
+                                     "as UTF-8, or use prepare_owt.py for an archive")
+                line += piece.count("\n")
+                yield piece.replace(END, UNK)
+        except UnicodeDecodeError as error:  # damaged UTF-16 ends up here
+            raise ValueError(f"{path}, from line {line:,} on: {error}")
 
 
 def encoding_of(data):
     """The encoding of a text that begins with these bytes: UTF-16 if it begins with UTF-16's
-    byte-order mark, as some programs on Windows write it, else UTF-8. Python drops the mark when it
-    decodes."""
+    byte-order mark, as some programs on Windows write it, else UTF-8. Python removes the mark."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     return "utf-8-sig"
 
 
 def clean(text):
-    """What read_text does to a text, for a text that is in memory already. Line ends differ between
-    systems, and a model would learn them as characters: all become "\\n". An END inside a text
-    becomes UNK, since it means that the text is over."""
+    """What read_text does to a text, for one that is in memory already: all lines end with "\\n",
+    and an END inside a text becomes UNK, because END means that the text is over."""
     return text.replace("\r\n", "\n").replace("\r", "\n").replace(END, UNK)
 
 
-# The names that data sets use for a prompt and its answer: OpenOrca has question and response,
-# Alpaca instruction, output, and sometimes an input, which belongs to the prompt.
-PAIR_KEYS = (("prompt", "completion"), ("question", "answer"), ("question", "response"),
-             ("instruction", "input", "output"), ("instruction", "output"))
+def codes_of(text):
+    """A text -> the number of each character in Unicode, an array of uint32: "hi" is 104, 105.
+    UTF-32 writes each of these numbers in 4 bytes, and frombuffer makes an array of them.
+    (surrogatepass: JSON can contain halves of characters, and these shall not raise an error.)"""
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def tokenizer_for(found, chars):
+    """The tokenizer for a text with the characters found. If there is a model already, chars is its
+    vocabulary: it reads all other characters as UNK, so they are printed."""
+    unknown = sorted(set(found) - set(chars))
+    if chars and unknown:
+        some = printable(" ".join(unknown[:20]))
+        print(f"unknown {len(unknown):,} of {len(found):,} different characters, which the model "
+              f"cannot tell apart: {some}")
+    return CharTokenizer(chars or found)
+
+
+def encode_pieces(pieces, tokenizer):
+    """A text that comes in pieces -> its ids. So only the ids and one piece are in memory."""
+    ids = bytearray()
+    for piece in pieces:
+        ids += tokenizer.encode(piece).tobytes()
+    return np.frombuffer(ids, np.uint16)
+
+
+# The names that data sets use: OpenOrca has question and response, Alpaca instruction and output.
+# Alpaca's input, if there is one, belongs to the prompt.
+PROMPTS = ("prompt", "question", "instruction")
+INPUT = "input"
+ANSWERS = ("completion", "answer", "response", "output")
+
+
+def load_pairs(config, chars):
+    """Prompts with their answers -> (splits, tokenizer). A tenth of the pairs is kept back for val.
+    The pairs of each split follow each other in random order, again and again in a new one, for at
+    least a million characters. In a single order, the model would learn which follows which."""
+    pairs = read_pairs(config.data)
+    cut = int(0.9 * len(pairs))
+    too_long = [pair for pair in pairs if len(pair) > config.block_size]
+    print(f"corpus  {config.data}: pairs, {cut:,} to train on and {len(pairs) - cut:,} kept back; "
+          f"{len(too_long):,} are longer than block_size")
+    tokenizer = tokenizer_for(set("".join(pairs)), chars)
+    rng = random.Random(config.seed)
+    splits = {}
+    for name, part in (("train", pairs[:cut]), ("val", pairs[cut:])):
+        once = sum(len(pair) for pair in part)
+        pieces = []
+        for _ in range(math.ceil(1e6 / once)):
+            rng.shuffle(part)
+            pieces += part
+        splits[name] = encode_pieces(pieces, tokenizer)
+    return splits, tokenizer
 
 
 def read_pairs(path):
@@ -1045,8 +1033,7 @@ def read_pairs(path):
             except ValueError as error:
                 raise ValueError(f"{path}, line {number:,}: {error}")
     if len(pairs) < 2:
-        raise ValueError(f"{path}: at least two pairs are needed, one to train on and one to "
-                         "validate on")
+        raise ValueError(f"{path}: at least two pairs are needed, to train and to validate")
     return pairs
 
 
@@ -1055,40 +1042,26 @@ def parse_pair(line):
     try:
         pair = json.loads(line)
     except (ValueError, RecursionError):
-        raise ValueError(f"this is no JSON: {line[:60]}")
+        pair = None
     if not isinstance(pair, dict):
-        raise ValueError(f"no object with prompt and completion: {line[:60]}")
-    if pair.get("input") == "":
-        del pair["input"]
-    for keys in PAIR_KEYS:
-        if all(key in pair for key in keys):
-            break
-    else:  # the loop came to its end without a break
-        raise ValueError(f"no prompt and completion; its keys are: {', '.join(pair) or 'none'}")
-    for key in keys:
-        if not isinstance(pair[key], str) or "\0" in pair[key]:
-            raise ValueError(f"{key} must be a text, not {json.dumps(pair[key])[:60]}")
-    return clean("\n".join(pair[key] for key in keys)) + END
-
-
-def split_pairs(pairs, seed):
-    """A list of pairs -> (those to train on, those to validate on), nine tenths and a tenth.
-    The training pairs are repeated, each time in a new order, until they are at least a million
-    characters: in one fixed order, a model would learn which question follows which."""
-    cut = int(0.9 * len(pairs))
-    once = sum(len(pair) for pair in pairs[:cut])
-    rng = random.Random(seed)
-    train = []
-    for _ in range(math.ceil(1e6 / once)):
-        train += rng.sample(pairs[:cut], cut)
-    return train, pairs[cut:]
+        raise ValueError(f"this is no JSON object: {line[:60]}")
+    prompts = [name for name in PROMPTS if name in pair]
+    answers = [name for name in ANSWERS if name in pair]
+    if not prompts or not answers:
+        raise ValueError(f"no prompt and completion; its names are: {', '.join(pair) or 'none'}")
+    names = [prompts[0], answers[0]]
+    if pair.get(INPUT):
+        names.insert(1, INPUT)
+    for name in names:
+        if not isinstance(pair[name], str):
+            raise ValueError(f"{name} must be a text, not {json.dumps(pair[name])[:60]}")
+    return clean("\n".join(pair[name] for name in names)) + END
 
 
 def open_prepared(folder):
-    """The folder of prepare_owt.py -> (splits, tokenizer). An array of np.memmap looks like any
-    other, but reads from its file only what is used, so that a corpus may be larger than memory.
-    ValueError if the files do not belong together: if one was cut, or comes from another folder,
-    a run would learn nonsense."""
+    """The folder of prepare_owt.py -> (splits, tokenizer). np.memmap is an array that stays on the
+    disk: only what is used is read, so that a corpus may be larger than the memory.
+    ValueError if the files do not belong together: the model would learn nonsense."""
     folder = Path(folder)
     splits = {}
     try:
@@ -1106,36 +1079,18 @@ def open_prepared(folder):
     return splits, CharTokenizer(json.loads(vocabulary))
 
 
-def report_unknown(found, splits, tokenizer):
-    """A model that was trained on other characters reads all new ones as UNK, and cannot learn to
-    tell them apart, so some of these characters are printed. found: the characters of the text."""
-    unknown = sorted(set(found) - set(tokenizer.chars))
-    if unknown:
-        share = np.mean(splits["train"] == tokenizer.unk)
-        some = printable(" ".join(unknown[:20]))
-        print(f"unknown {share:.1%} of the text to train on are characters that this model does "
-              f"not know: {some}")
-
-
-def fit_blocks(splits, config):
-    """A split must be longer than a block. If there are too few pairs, they are repeated: 50 ids
-    three times, for a block of 128. ValueError for any other short text."""
+def check_lengths(splits, config):
+    """A block must fit into each split, with the character that follows it, or ValueError."""
     for name, ids in splits.items():
-        if kind_of(config.data) == "pairs":
-            copies = 1 + config.block_size // len(ids)
-            splits[name] = np.tile(ids, copies)
-        elif len(ids) < 2:
-            raise ValueError(f"{config.data}: too short for a {name} split")
-        elif len(ids) <= config.block_size:
-            raise ValueError(f"{config.data}: the {name} split has {len(ids):,} characters, which "
-                             f"is too short for block_size {config.block_size}: try "
-                             f"--block_size {len(ids) - 1}")
+        if len(ids) <= config.block_size:
+            raise ValueError(f"{config.data}: too short: its {name} split has {len(ids):,} "
+                             f"characters, and needs more than block_size, {config.block_size}")
 
 
 def fingerprint(splits):
-    """A run that carries on must have the text that it began with. Returns what identifies a text,
-    {name of a split: [length, checksum]}. The checksum is of 1,000 pieces, evenly spread, since
-    reading all of OpenWebText would take minutes."""
+    """What identifies a text: {name of a split: [length, checksum]}. So a run that carries on knows
+    its text again. The checksum is that of 1,000 pieces, evenly spread, as reading all of
+    OpenWebText would take minutes."""
     found = {}
     for name, ids in splits.items():
         checksum = 0
@@ -1147,14 +1102,9 @@ def fingerprint(splits):
 
 # -------------------------------- devices and processes -----------------------------------------
 def build(config, vocab_size):
-    """Makes a new model on its device, and returns (model, optimizers, fast_model).
-    torch.compile turns a model into faster code. fast_model is that code; it shares the model's
-    weights, so that training it trains the model. Where nothing is compiled, it is the model
-    itself. On a GPU, a step is hundreds of small computations, and starting them one by one from
-    Python takes longer than the computations. The compiler's mode reduce-overhead records them
-    once, as a CUDA graph, and then starts them all together. But a graph writes its results to the
-    same place each time, so that the gradients of a second batch would replace those of the first
-    instead of being added. So this mode is for steps of a single batch."""
+    """Makes a new model on its device: (model, optimizers, fast_model).
+    fast_model is the same model with the same weights, turned into faster code by torch.compile, or
+    just the model, if config.compile is off."""
     prepare_device(config)
     torch.manual_seed(config.seed)
     model = GPT(config, vocab_size).to(config.device)
@@ -1162,6 +1112,9 @@ def build(config, vocab_size):
     fast_model = model
     if config.compile:
         mode = "default"
+        # A GPU is often faster than Python can tell it what to do. In this mode, it records all
+        # that it does in a step, and then repeats it (a CUDA graph). But with a second batch, it
+        # would write the new gradients over the first ones instead of adding them.
         if config.device == "cuda" and config.grad_accum == 1:
             mode = "reduce-overhead"
         fast_model = torch.compile(model, mode=mode)
@@ -1169,14 +1122,14 @@ def build(config, vocab_size):
 
 
 def prepare_device(config):
-    """Gives a missing device a clear message: ValueError. Sets a GPU up for speed.
+    """ValueError if the device is missing. Sets a GPU up for speed.
     A CPU has few fast cores, a GPU thousands of slow ones, which suits matrix products. CUDA is how
     NVIDIA's GPUs are programmed. .to(device) moves tensors, and those that are used together must
     be on the same device.
     (A GPU adds up numbers in the order in which its threads finish, so that the last digits differ
     from run to run. torch.use_deterministic_algorithms(True), with CUBLAS_WORKSPACE_CONFIG=:4096:8
     in the environment, makes them equal, and training slower.)"""
-    if not getattr(torch, config.device).is_available():
+    if not getattr(torch, config.device).is_available():  # torch.cuda, torch.cpu or torch.mps
         raise ValueError(f"device {config.device}: this machine, or its torch, has none")
     if config.device != "cuda":
         return
@@ -1184,15 +1137,15 @@ def prepare_device(config):
         raise ValueError(f"process {LOCAL_RANK + 1} of this machine has no GPU: there are "
                          f"{torch.cuda.device_count()}, so lower --nproc_per_node")
     torch.cuda.set_device(LOCAL_RANK)
-    torch.set_float32_matmul_precision("high")  # TF32: fewer digits, far faster
-    # Of PyTorch's ways to compute attention, cuDNN's first prepares itself for each new length T,
-    # and in generation each character makes the text longer by one.
+    torch.set_float32_matmul_precision("high")  # float32 with fewer digits, but far faster
+    # cuDNN's attention first prepares itself for each length of text, and a text that is being
+    # written gets longer with each character. PyTorch has other ways to compute attention.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def join_processes():
-    """Connects the processes of torchrun: through nccl between GPUs, gloo between CPUs. Process 0
-    alone prints, or each line would come WORLD times."""
+    """Connects the processes of torchrun, through nccl between GPUs and gloo between CPUs. Process
+    0 alone prints, or each line would come WORLD times."""
     if WORLD == 1 or torch.distributed.is_initialized():
         return
     backends = "gloo"
@@ -1205,26 +1158,26 @@ def join_processes():
 
 
 def average_gradients(model):
-    """Several processes that train one model have different batches, hence different gradients. All
-    take the mean, as one vector, once a step: so all do the same step, and stay equal."""
+    """Several processes that train one model have different batches, hence different gradients.
+    They send each other their gradients, once a step and as one long vector. All take the mean, so
+    all move their weights in the same way and stay equal."""
     if WORLD == 1:
         return
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     vector = nn.utils.parameters_to_vector(gradients)
-    torch.distributed.all_reduce(vector)  # now it is the sum over all processes
-    nn.utils.vector_to_parameters(vector / WORLD, gradients)  # each gets its part of the mean
+    torch.distributed.all_reduce(vector)  # now vector is the sum over all processes
+    nn.utils.vector_to_parameters(vector / WORLD, gradients)  # and back, each to its place
 
 
 def is_out_of_memory(error):
-    """Whether an error means that memory was full, be it Python's, PyTorch's, CUDA's, cuBLAS's or
-    Triton's."""
+    """Whether an error says that the memory is full: Python's, PyTorch's, or that of a GPU."""
     words = ("out of memory", "allocate", "ALLOC_FAILED", "not enough memory")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def explain(error, config):
-    """A user can do something about some errors from deep inside PyTorch: these are raised again,
-    with one line that says what. Any other error keeps its traceback."""
+    """Some errors from inside PyTorch are something that a user can act on. This raises them again,
+    with one line that says how. It does nothing about any other."""
     if is_out_of_memory(error):
         advice = "smaller block_size, n_embd or n_layer"
         if config.batch_size > 1:
@@ -1233,8 +1186,7 @@ def explain(error, config):
         raise MemoryError(f"out of memory: try {advice}; for a text that is too large, "
                           "prepare_owt.py") from error
     if type(error).__module__.startswith("torch._"):  # torch._dynamo, torch._inductor: the compiler
-        message = " ".join(str(error).split())
-        raise ValueError(f"torch.compile failed, try --no-compile: {message[:200]}") from error
+        raise ValueError(f"torch.compile failed, try --no-compile: {str(error)[:200]}") from error
 
 
 def make_muon(model, matrices, config):
@@ -1247,12 +1199,10 @@ def make_muon(model, matrices, config):
 
 class Muon(torch.optim.Optimizer):
     """An optimizer for matrices that often needs fewer steps than AdamW (Jordan 2024).
-    The gradient of a matrix is a wish for changes: a few strong ones, on which many examples agree,
-    and many weak ones. Muon makes all of them about equally strong before it moves the weights
-    (see equalize), so that the weak ones are learned as well. Before that it averages the gradients
-    of some twenty steps, against the noise. Its steps have the size of AdamW's, so that one
-    learning rate serves both. Matrices of equal shape (each block has the same ones) are worked on
-    together, which is faster."""
+    It averages the gradients of some twenty steps, as momentum does. Such an average is a matrix,
+    too, and it mostly asks for a few strong changes, on which many examples agree, and for many
+    weak ones. equalize makes all of them about equally strong, so that rare things are learned as
+    fast as frequent ones. The steps are as large as AdamW's, so one learning rate serves both."""
 
     def __init__(self, matrices, config):
         self.config = config
@@ -1264,9 +1214,11 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         rate = group["lr"]
         decay = rate * group["weight_decay"]
-        same_shape = {}  # {shape: the matrices that have it}
+        # All blocks have matrices of the same shapes. Those of one shape are worked on together,
+        # which is faster: {shape: list of matrices}.
+        same_shape = defaultdict(list)
         for weight in group["params"]:
-            same_shape.setdefault(weight.shape, []).append(weight)
+            same_shape[weight.shape].append(weight)
         for shape, weights in same_shape.items():
             moves = []
             for weight in weights:
@@ -1274,28 +1226,28 @@ class Muon(torch.optim.Optimizer):
                 if not kept:
                     kept["momentum_buffer"] = torch.zeros_like(weight)
                 average = kept["momentum_buffer"]
-                average.lerp_(weight.grad, 0.05)  # 0.95 * average + 0.05 * gradient
-                moves.append(weight.grad.lerp(average, 0.95))  # Nesterov: the newest once more
+                average.lerp_(weight.grad, 0.05)  # average = 0.95 * average + 0.05 * gradient
+                moves.append(weight.grad.lerp(average, 0.95))  # the newest gradient counts twice
             with autocast(self.config):
                 moves = equalize(torch.stack(moves))
-            size = 0.2 * math.sqrt(max(shape))  # makes steps as large as AdamW's
+            size = 0.2 * math.sqrt(max(shape))  # makes the steps as large as AdamW's
             for weight, move in zip(weights, moves):
                 weight.mul_(1 - decay)
                 weight.sub_(move, alpha=rate * size)
 
 
 def equalize(x):
-    """Brings the changes that matrices stand for, (n, rows, columns), to about the same strength.
-    Take a matrix with numbers on its diagonal alone, say 0.9 and 0.1: they are the strengths of its
-    changes. x @ x.mT @ x has 0.9 ** 3 and 0.1 ** 3 on its diagonal, so one round below makes
-    3.4445 * f - 4.7750 * f ** 3 + 2.0315 * f ** 5 of a strength f: 0.82 of 0.9, but 0.34 of 0.1.
-    After five rounds, all that began above 0.01 lie between 0.68 and 1.14. Any other matrix is a
-    diagonal one between two rotations, which these products leave as they are: so the calculation
-    holds for every matrix. (The numbers are Jordan's; it is called a Newton-Schulz iteration.)"""
+    """Makes the changes that a matrix asks for about equally strong. x: matrices, (n, rows, cols).
+    Take numbers from 0 to 1, and replace each f of them by
+        3.4445 * f - 4.7750 * f ** 3 + 2.0315 * f ** 5
+    After five rounds of this, 0.01 has become 0.69 and 0.9 has become 0.72: all numbers are about
+    equal. The loop below does the same with matrices, where x @ x.mT @ x takes the place of f ** 3.
+    That is simple to see if a matrix has numbers on its diagonal only, and it holds for all others.
+    (The numbers are Jordan's. This is called a Newton-Schulz iteration.)"""
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
-        x = x.mT  # rows and columns change places: the products below are smaller then
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # now no strength is above 1
+        x = x.mT  # rows become columns: so the products below are smaller
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # brings the strengths below 1
     one = torch.eye(x.shape[1], device=x.device)  # one @ x is x
     for _ in range(5):
         square = x @ x.mT
@@ -1305,19 +1257,10 @@ def equalize(x):
     return x
 
 
-# -------------------------------- what a run says -----------------------------------------------
-def printable(text):
-    """Some characters would move a terminal's cursor, or worse. Control characters except tab and
-    line end, those that turn the direction of writing, and halves of characters become UNK."""
-    control = r"\x00-\x08\x0b-\x1f\x7f-\x9f"
-    direction = r"\u202a-\u202e\u2066-\u2069"
-    halves = r"\ud800-\udfff"
-    return re.sub(f"[{control}{direction}{halves}]", UNK, text)
-
-
+# -------------------------------- what a run shows ----------------------------------------------
 def sample(model, tokenizer, length):
-    """Some text that the model writes now. It sets torch's seed, which does not disturb training:
-    training_step sets it anew for each batch."""
+    """Some text that the model writes now. (It sets torch's seed. That does not disturb training,
+    where each batch sets it anew.)"""
     torch.manual_seed(model.config.seed)
     start = torch.tensor([[tokenizer.end]]).to(model.config.device)  # a text begins after an END
     was_training = model.training
@@ -1328,40 +1271,19 @@ def sample(model, tokenizer, length):
     return printable(text.replace(END, "\n"))
 
 
-def curve(losses):
-    """A row of blocks for a list of losses: the lowest is ▁ and the highest █."""
-    low = min(losses)
-    height = max(losses) - low
-    row = ""
-    for loss in losses:
-        share = (loss - low) / max(height, 1e-9)  # 0 to 1; 0 if all are equal
-        row += "▁▂▃▄▅▆▇█"[round(7 * share)]
-    return row
+def printable(text):
+    """Some characters would move a terminal's cursor, or worse. Control characters except tab and
+    line end, those that turn the direction of writing, and halves of characters become UNK."""
+    control = r"\x00-\x08\x0b-\x1f\x7f-\x9f"
+    direction = r"\u202a-\u202e\u2066-\u2069"
+    halves = r"\ud800-\udfff"
+    return re.sub(f"[{control}{direction}{halves}]", UNK, text)
 
 
-def describe(splits, tokenizer, config):
-    """The line about a corpus: what kind it is, how much there is, and what was not read."""
-    kind = kind_of(config.data)
-    count = sum(len(ids) for ids in splits.values())
-    line = f"{kind}, {count:,} characters, {tokenizer.vocab_size:,} different ones"
-    if kind == "folder of texts":
-        _, others = list_texts(config.data)
-        line += f"; {others:,} files do not end in .txt and were not read"
-    if kind == "pairs":  # the ids repeat them, so they are counted in the file
-        pairs = read_pairs(config.data)
-        train = int(0.9 * len(pairs))
-        too_long = sum(len(pair) > config.block_size for pair in pairs)
-        line = (f"pairs, {train:,} to train on and {len(pairs) - train:,} kept back; "
-                f"{too_long:,} are longer than block_size")
-    return line
-
-
-# -------------------------------- finding fast settings -----------------------------------------
 def tune(**settings):
-    """Which settings are fastest depends on the machine, and only measuring tells (in the course:
-    auto-tuning and efficiency testing). Times training with each dtype, compiled and not, with the
-    whole batch at once, and with the batch divided into 2 and 4 parts (grad_accum).
-    ValueError if none can be trained."""
+    """Measures which settings train fastest, as that depends on the machine (in the course:
+    auto-tuning and efficiency testing). It tries both dtypes, with and without the compiler, and
+    the batch whole or divided into 2 or 4 parts. ValueError if none can be trained."""
     if WORLD > 1:
         raise ValueError("--tune measures one process: start it without torchrun")
     config, _, _ = choose_settings(settings)
@@ -1373,23 +1295,23 @@ def tune(**settings):
             continue
         trial = replace(config, batch_size=total // parts, grad_accum=parts, dtype=dtype,
                         compile=compiled, max_iters=6)
-        flags = f"--batch_size {trial.batch_size} --grad_accum {parts} --dtype {dtype} "
-        flags += "--compile" if compiled else "--no-compile"
+        flags = f"--batch_size {trial.batch_size} --grad_accum {parts} --dtype {dtype}"
+        flags += " --compile" if compiled else " --no-compile"
         try:
             rates[flags] = measure(trial, splits["train"], tokenizer.vocab_size)
+            result = f"{rates[flags]:,.0f} characters a second"
         except (RuntimeError, MemoryError, ValueError) as error:
             reason = " ".join(str(error).split())
-            print(f"{flags}   failed: {reason[:90]}")
-        else:
-            print(f"{flags}   {rates[flags]:,.0f} characters a second")
+            result = f"failed: {reason[:90]}"
+        print(f"{flags}   {result}")
     if not rates:
         raise ValueError("no setting could be trained; the lines above say why")
     print(f"the fastest; add to your command: {max(rates, key=rates.get)}")
 
 
 def measure(config, data, vocab_size):
-    """Characters per second of training. It starts afresh, without what earlier trials compiled or
-    left in memory, and takes the fastest step, as the first ones compile and warm up."""
+    """Characters per second of training, in the fastest of some steps: the first ones are slow. It
+    forgets what earlier trials compiled, and empties the memory."""
     torch.compiler.reset()
     if config.device == "cuda":
         torch.cuda.empty_cache()
@@ -1399,7 +1321,7 @@ def measure(config, data, vocab_size):
     for step in range(config.max_iters):
         start = time.perf_counter()
         loss = training_step(fast_model, optimizers, batches, config, step)
-        loss.item()  # Python does not wait for a GPU, unless it asks for a number
+        loss.item()  # waits for the GPU, which is otherwise still at work here
         seconds.append(time.perf_counter() - start)
     characters = config.batch_size * config.grad_accum * config.block_size
     return characters / min(seconds)
@@ -1407,13 +1329,10 @@ def measure(config, data, vocab_size):
 
 # -------------------------------- the command line ----------------------------------------------
 def main(argv=None):
-    """Reads the words of the command line and calls train, or tune."""
+    """Reads the words of the command line, and calls train or tune."""
     parser = make_parser()
-    settings = vars(parser.parse_args(argv))
+    settings = vars(parser.parse_args(argv))  # {name: value} of the flags that were given
     tuning = settings.pop("tune", False)
-    before = {}
-    if WORLD == 1 and not tuning:
-        before = catch_signals()  # several processes and tune just end
     try:
         if tuning:
             tune(**settings)
@@ -1423,10 +1342,6 @@ def main(argv=None):
         parser.exit(130)  # what a shell expects after Ctrl-C
     except (ValueError, OSError, MemoryError) as error:
         parser.error(str(error) or "out of memory")  # Python's own MemoryError says nothing
-    finally:  # in a notebook, Python keeps running
-        STOP.clear()
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1437,19 +1352,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser():
-    """Each field of Config is a flag, and the comment behind it says what it means."""
+    """Each setting of Config is a flag, and the comment behind it is what --help says."""
     parser = Parser(description="Train a character-level GPT.", allow_abbrev=False,
                     usage="python gpt.py [--data book.txt] [--max_iters 500] ...",
-                    argument_default=argparse.SUPPRESS)  # a flag that is not given is absent
-    # Python does not keep comments, so they are read from the source of Config.
-    meaning = {}
+                    argument_default=argparse.SUPPRESS)  # flags that are not given are left out
+    comments = {}
     for line in inspect.getsource(Config).splitlines():
-        setting, _, comment = line.partition("  # ")
-        name, _, _ = setting.strip().partition(":")
-        meaning[name] = comment
+        code, _, comment = line.partition("  # ")
+        name = code.split(":")[0].strip()
+        comments[name] = comment
     defaults = asdict(Config(**defaults_for(Config.device)))
     for field in fields(Config):
-        words = f"{meaning[field.name]} (default: {defaults[field.name]})"
+        words = f"{comments[field.name]} (default: {defaults[field.name]})"
         if field.type is bool:  # --compile and --no-compile
             kind = argparse.BooleanOptionalAction
             parser.add_argument(f"--{field.name}", action=kind, help=words)
@@ -1460,31 +1374,30 @@ def make_parser():
 
 
 def catch_signals():
-    """From now on, Ctrl-C, the command kill and a terminal that is closed call ask_to_stop. Returns
-    {signal: what it called before}."""
-    before = {}
+    """From now on, Ctrl-C, the command kill and a terminal that is closed call ask_to_stop."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
-            before[number] = signal.signal(number, ask_to_stop)
-    return before
+            signal.signal(number, ask_to_stop)
 
 
 def ask_to_stop(number, frame):
-    """Python calls this when a signal comes: train ends its step, saves and stops."""
+    """Python calls this when a signal comes: do_steps ends its step, saves and stops."""
     STOP.append(number)
     signal.signal(number, signal.SIG_DFL)  # the default: a second one ends Python at once
 
 
 def set_up_streams():
-    """A terminal without UTF-8 cannot show all characters: it shows "?" instead of failing. Lines
-    are written at once, so that a log is up to date. newline=None: whatever ends the lines that are
-    read, Python sees "\\n". (A notebook's streams need none of this.)"""
+    """A terminal without UTF-8 cannot show all characters: it shows "?" instead of failing. Each
+    line is written at once, so that a log is up to date. Whatever ends the lines that are read,
+    Python makes "\\n" of it (newline=None)."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if hasattr(stream, "reconfigure"):  # the streams of a notebook need none of this
             stream.reconfigure(errors="replace", line_buffering=True, newline=None)
 
 
 if __name__ == "__main__":
     set_up_streams()
+    if WORLD == 1 and "--tune" not in sys.argv:  # several processes and --tune just end
+        catch_signals()
     main()
