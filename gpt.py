@@ -32,8 +32,9 @@ class Config:
     """The settings of a run, which are called hyperparameters. People choose them; the parameters
     are what the model learns. Do not try to understand them all now: each is explained below, where
     it is used. (A dataclass lists names, types and values. Config() has the values below, and
-    Config(n_layer=2) all of them but one. ValueError if a value cannot work.)"""
-    data: str = ""                # text file, folder of texts, pairs (.jsonl), or prepared folder
+    Config(n_layer=2) has the same, except that n_layer is 2. A value that cannot work raises
+    ValueError.)"""
+    data: str = ""                # a text file, a folder, pairs of question and answer (.jsonl)
     out: str = ""                 # file to save the model in; if empty, it is named after the data
     init_from: str = ""           # file of a trained model to start from (fine-tuning)
     batch_size: int = 16          # texts worked on at once: B
@@ -57,7 +58,7 @@ class Config:
     compile: bool = False         # let torch.compile turn the model into faster code
 
     def __post_init__(self):
-        check(self)  # in part two
+        check(self)  # in part two; a dataclass calls __post_init__ when it has been made
 
 
 # -------------------------------- tokenizer and data --------------------------------------------
@@ -71,21 +72,23 @@ class CharTokenizer:
     in it. A vocabulary of characters is small, but texts become long; one of words is large, but
     texts become short. Subwords lie in between (byte-pair encoding, BPE, as in GPT-2).
     The course encodes with a dictionary, {char: id for id, char in enumerate(chars)}. Here an array
-    does the same, because numpy can look up a whole text in an array at once. In Unicode, the table
-    of all characters, "h" has the number 104: so code_to_id[104] is the id of "h".
+    does the same, because it can be asked for a whole text at once. In Unicode, the table of all
+    characters, "h" is number 104 and "i" is 105: so code_to_id[[104, 105]] has the ids of both.
     ValueError if there are more than 65,536 different characters, as ids have 16 bits."""
 
     def __init__(self, chars):
-        self.chars = "".join(sorted(set(chars) | {END, UNK}))
+        different = set(chars) | {END, UNK}  # | is the union of two sets
+        self.chars = "".join(sorted(different))
         self.vocab_size = len(self.chars)
         if self.vocab_size > 2**16:
             raise ValueError(f"{self.vocab_size:,} different characters are too many: the limit is "
                              f"{2**16:,} (prepare_owt.py --min_count makes rare ones unknown)")
         self.end = self.chars.index(END)
         self.unk = self.chars.index(UNK)
-        self.code_to_id = np.full(sys.maxunicode + 1, self.unk, np.uint16)  # all are unknown, ...
+        # A place for each character of Unicode, all unknown at first. Then those that are known.
+        self.code_to_id = np.full(sys.maxunicode + 1, self.unk, np.uint16)
         for id, char in enumerate(self.chars):
-            self.code_to_id[ord(char)] = id                                 # ... except these
+            self.code_to_id[ord(char)] = id
 
     def encode(self, text):
         """str -> ids, an array of uint16. Characters outside the vocabulary become UNK."""
@@ -101,9 +104,10 @@ def load_data(config, chars=""):
     The first 90 % are to train on, the last 10 % to validate on. An exam needs questions that were
     not in the homework: if they were, learning by heart would look like learning.
     Without config.data, the text is the documentation that comes with Python.
-    chars: the vocabulary of the model, if there is one already; it cannot learn new characters.
-    Ids are arrays of uint16. ValueError if the corpus is too short or damaged, OSError if it cannot
-    be read."""
+    chars: empty for a new model, which takes its vocabulary from the text; else the vocabulary of
+    the model that is to train on. Ids are arrays of uint16. ValueError if the corpus is too short
+    or damaged, OSError if it cannot be read.
+    (The functions that this calls are in part two. Their names say what they do.)"""
     kind = kind_of(config.data)
     if kind == "prepared folder":
         splits, tokenizer = open_prepared(config.data)  # from prepare_owt.py: larger than memory
@@ -115,7 +119,7 @@ def load_data(config, chars=""):
         found = set()
         for piece in read_documents(names):
             found.update(piece)
-        tokenizer = tokenizer_for(found, chars)
+        tokenizer = tokenizer_for(found, chars)  # a CharTokenizer of chars, or else of found
         # ... and then for their ids.
         ids = encode_pieces(read_documents(names), tokenizer)
         cut = int(0.9 * len(ids))
@@ -138,7 +142,7 @@ def get_batch(data, config, starts):
     blocks = np.stack(blocks).astype(np.int64)  # (B, T + 1)
     blocks = torch.from_numpy(blocks)
     if config.device == "cuda":
-        blocks = blocks.pin_memory()  # lets the GPU fetch them while Python goes on: non_blocking
+        blocks = blocks.pin_memory()  # only for speed: the GPU fetches them while Python goes on
     blocks = blocks.to(config.device, non_blocking=True)
     x = blocks[:, :-1]                          # all but the last character of each block
     y = blocks[:, 1:]                           # all but the first
@@ -155,18 +159,24 @@ class Head(nn.Module):
     up to 1, and by these shares each character mixes the values of those that it sees. Older
     networks, called recurrent, read one character after the other. Here all characters look back at
     the same time, which is what GPUs are good at.
-    q, k, v: queries, keys and values, each (B, H, T, D), for all texts and heads in one call. The
-    course has a module for each head, which computes the same, only more slowly."""
+    All this together is a head. There are H of them, side by side, and one call does the work of
+    all: q, k and v, the queries, keys and values, are (B, H, T, D). (The course has a module for
+    each head, which computes the same, only more slowly.)
+    nn.Module is what all parts of the model are made from. It knows the parameters inside it, so
+    that they can be trained, moved to another device and saved all together. Calling a module, as
+    in head(q, k, v), runs its forward."""
 
     def written_out(self, q, k, v):
         """What forward computes, step by step: to be read, and to be tried out with print."""
         T, D = q.shape[-2:]  # the last two sizes
         # The product of matrices, @, has the dot product of each row on its left with each column
         # on its right. The keys are rows, so transpose turns them into columns: (T, D) @ (D, T) is
-        # (T, T), the score of each query with each key. The inner sizes, D and D, must agree.
+        # (T, T), the score of each query with each key. The inner sizes, D and D, must agree. This
+        # is done for each text and each head by itself.
         scores = q @ k.transpose(-2, -1)                          # (B, H, T, T)
-        # The more products are added up, the larger the scores: about sqrt(D) times as large. With
-        # large scores, one character would get nearly the whole share, and the others no say.
+        # A dot product is a sum of D numbers. Some are positive and some negative, so that they
+        # partly cancel, and the sum grows only like sqrt(D). With large scores, one character would
+        # get nearly the whole share, and the others no say.
         scores = scores / math.sqrt(D)
         # A character sees itself and those before it. What comes later is hidden, because the model
         # shall learn to predict it. tril keeps the lower triangle of a table of True. (The course
@@ -179,8 +189,9 @@ class Head(nn.Module):
         return shares @ v                                         # (B, H, T, D)
 
     def forward(self, q, k, v):
-        # PyTorch does all of this in one call, which is faster. is_causal means the mask. (A single
-        # query is that of the newest character, which sees all, so it needs no mask.)
+        # PyTorch does all of this in one call, which is faster. is_causal means the mask. When the
+        # model writes, only its newest character is read: a single query, which may see all, so it
+        # needs no mask. (bool is for torch.export, where a shape does not consist of numbers.)
         several = bool(q.shape[-2] > 1)
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=several)
 
@@ -189,9 +200,6 @@ class MultiHeadAttention(nn.Module):
     """Several heads read the same text at the same time, like several readers of one book, each
     with questions of its own. What they find is joined and mixed. (B, T, C) -> (B, T, C).
     nn.Linear computes Wx + b, a matrix product and a sum; the numbers in W and b are learned.
-    nn.Module, from which all parts of the model are made, knows the parameters inside it: so they
-    can be trained, moved to another device and saved all together. Calling a module, as in
-    self.head(q, k, v), runs its forward.
     ValueError if the heads cannot share C evenly."""
 
     def __init__(self, config):
@@ -217,7 +225,7 @@ class MultiHeadAttention(nn.Module):
         v = v.view(B, T, H, D).transpose(1, 2)
         # Only when the model writes is there a cache. Then x has just the newest character, and the
         # keys and values of those before it are in the cache (GPT.stream says why they may stay
-        # there). It is a dictionary in which each module has its own: {module: (keys, values)}.
+        # there). It is a dictionary, and its keys are the modules: {module: (keys, values)}.
         if cache is not None:
             if self in cache:
                 old_k, old_v = cache[self]
@@ -225,17 +233,17 @@ class MultiHeadAttention(nn.Module):
                 v = torch.cat((old_v, v), dim=2)
             cache[self] = (k, v)
         x = self.head(q, k, v)                       # (B, H, T, D)
-        x = x.transpose(1, 2).reshape(B, T, C)       # heads side by side again
+        x = x.transpose(1, 2).reshape(B, T, C)       # heads side by side again (view cannot)
         return self.dropout(self.proj(x))
 
 
 class FeedForward(nn.Sequential):
     """Linear, ReLU, Linear: each character thinks about what it has seen. (B, T, C) -> (B, T, C),
     with 4 C in between, as is custom. A Sequential runs its modules one after the other.
-    ReLU makes negative numbers 0. Without it, the two Linears could do no more than one alone.
-    (Other such functions are sigmoid and tanh, which older networks used.) Dropout sets random
-    activations, numbers on their way through the model, to 0 in training: so the model learns not
-    to depend on any single one."""
+    ReLU makes negative numbers 0. Without it, the two Linears could do no more than one alone,
+    since a matrix times a matrix is just another matrix. (Other such functions are sigmoid and
+    tanh, which older networks used.) Dropout sets random activations, numbers on their way through
+    the model, to 0 in training: so the model learns not to depend on any single one."""
 
     def __init__(self, config):
         super().__init__(nn.Linear(config.n_embd, 4 * config.n_embd),
@@ -246,10 +254,10 @@ class FeedForward(nn.Sequential):
 
 class Block(nn.Module):
     """One layer of the model: attention, then feed-forward. (B, T, C) -> (B, T, C).
-    What each of them finds is added to what was known before. This is called a residual: a layer
-    only adds to what it got, so that nothing is lost on the way through many layers. A norm follows
-    each sum. It shifts and scales the C numbers of each character, so that their mean is 0 and
-    their variance 1: otherwise they would grow from sum to sum.
+    What each of them finds is added to what was known before, which is called a residual: so
+    nothing is forgotten on the way through many layers. A norm follows each sum. It shifts and
+    scales the C numbers of each character, so that their mean is 0 and their variance 1: otherwise
+    they would grow from sum to sum.
     The norm comes after the sum (post-norm), as in the course; GPT-2 puts it before attention and
     before feed-forward (pre-norm). The first Transformer had two halves, to translate: an encoder
     read one language, a decoder wrote the other. This is the decoder alone."""
@@ -282,7 +290,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList()  # a list that nn.Module knows; it only holds its modules
         for _ in range(config.n_layer):
             self.blocks.append(Block(config))
-        self.norm = nn.LayerNorm(config.n_embd)
+        self.norm = nn.LayerNorm(config.n_embd)  # as in the course, though each block ends with one
         self.lm_head = nn.Linear(config.n_embd, vocab_size)
         # All numbers in matrices and tables start at random, N(0, 0.02): with mean 0, and mostly
         # between -0.04 and 0.04. If they were equal, all would learn the same; if they were large,
@@ -292,6 +300,7 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+            # What is left are the scales of the norms, which PyTorch makes 1.
 
     def forward(self, index, targets=None, cache=None, start=0):
         """Ids -> (logits, loss). index and targets are the x and y of get_batch, int64 (B, T).
@@ -301,23 +310,26 @@ class GPT(nn.Module):
         likelihood. Before training, all of V characters get about the same share, 1/V, so the loss
         is -ln(1/V) = ln V: 4.38 for 80 characters. Without targets, it is None.
         (Mean squared error, another loss, is for predicting quantities.)
-        cache and start are for stream, below. ValueError if a text is longer than block_size."""
+        cache and start, the position of the first character, are for stream, below. ValueError if
+        a text is longer than block_size."""
         end = start + index.shape[1]
         if end > self.config.block_size:
             raise ValueError(f"{end} characters do not fit: block_size is {self.config.block_size}")
-        # What is known of each character, plus what is known of its position: (B, T, C) + (T, C).
+        # What is known of each character, plus what is known of its position, in each text the
+        # same: (B, T, C) + (T, C).
         x = self.tokens(index) + self.positions.weight[start:end]
         for block in self.blocks:
             x = block(x, cache)
         logits = self.lm_head(self.norm(x))                        # (B, T, C) -> (B, T, V)
         if targets is None:
             return logits, None
-        # cross_entropy wants all characters of the batch in one row: B * T of them.
+        # cross_entropy wants all characters of the batch in one row: B * T of them. float: with
+        # dtype bfloat16, logits have 16 bits, which are too few for the loss.
         scores = logits.flatten(0, 1).float()                      # (B*T, V)
         loss = nn.functional.cross_entropy(scores, targets.flatten())
         return logits, loss
 
-    @torch.inference_mode()  # saves memory and time that only training needs
+    @torch.inference_mode()  # keeps nothing that only training needs: it saves memory and time
     def stream(self, index, max_new_tokens, temperature=1.0, top_k=None):
         """Continues a text: yields one new character after the other, (B, 1).
         index: the ids of the text, int64 (B, T), with T >= 1. temperature and top_k: see draw.
@@ -335,7 +347,7 @@ class GPT(nn.Module):
             logits, _ = self(unread, cache=cache, start=start)
             newest = draw(logits[:, -1], temperature, top_k)  # from the last position's scores
             yield newest                                      # hands it out, and goes on from here
-            start = index.shape[1]
+            start = index.shape[1]                            # all of these have been read
             index = torch.cat((index, newest), dim=1)
             if index.shape[1] > self.config.block_size:       # too long
                 half = max(1, self.config.block_size // 2)
@@ -359,8 +371,10 @@ def draw(logits, temperature=1.0, top_k=None):
         return logits.argmax(dim=-1, keepdim=True)
     shares = (logits.float() / temperature).softmax(dim=-1)
     if top_k:
-        ids = shares.argsort(dim=-1, descending=True, stable=True)  # the likeliest first
-        shares = shares.scatter(-1, ids[:, top_k:], 0.0)            # 0 for all after the k-th
+        # The ids from the likeliest to the least likely. (stable: equal ones keep their order.)
+        ids = shares.argsort(dim=-1, descending=True, stable=True)
+        others = ids[:, top_k:]
+        shares = shares.scatter(-1, others, 0.0)  # writes 0.0 in the places of the others
     return torch.multinomial(shares, 1)  # each is drawn as often as its share says
 
 
@@ -371,7 +385,7 @@ def autocast(config):
     return torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
-@torch.no_grad()  # saves memory and time that only training needs
+@torch.no_grad()  # an older way to say inference_mode
 def estimate_loss(model, splits, config):
     """The mean loss of each split, over eval_iters batches: {"train": float, "val": float}.
     The batches are spread evenly over the split, and are the same every time, so that evaluations
@@ -382,6 +396,7 @@ def estimate_loss(model, splits, config):
     model.eval()
     means = {}
     for name, data in splits.items():
+        # As many places as there will be blocks, from the first one to the last that fits.
         last = len(data) - config.block_size - 1
         places = np.linspace(0, last, config.eval_iters * config.batch_size, dtype=np.int64)
         losses = []
@@ -406,7 +421,8 @@ def make_optimizers(model, config):
     If a gradient is always 5, it moves its weight by learning_rate * 5 / 5. If it is always 0.005,
     that is learning_rate * 0.005 / 0.005, which is the same: weights with small gradients learn as
     fast as others. The W (Loshchilov and Hutter 2017) is for weight decay: besides, each step makes
-    all matrices a little smaller, because learning by heart needs large weights."""
+    all matrices a little smaller. A model needs large weights to treat texts differently that are
+    almost the same, as it must if it learns by heart."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms do not decay
     muon = []
@@ -414,8 +430,9 @@ def make_optimizers(model, config):
         matrices, muon = make_muon(model, matrices, config)
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
+    # betas: the two numbers above. fused: all weights in one call, which is faster.
     adamw = torch.optim.AdamW(groups, config.learning_rate, betas=(0.9, 0.99), fused=True)
-    return [adamw, *muon]
+    return [adamw] + muon
 
 
 def learning_rate(step, config):
@@ -423,7 +440,7 @@ def learning_rate(step, config):
     learning takes for ever. The rate climbs during the first steps (warm-up), while the averages of
     AdamW are still guesses, and then falls in a line to 0, so that the weights settle.
     To find a good rate, try some, each 3 times the last, and compare the losses."""
-    warmup = min(config.warmup_iters, config.max_iters // 2)
+    warmup = min(config.warmup_iters, config.max_iters // 2)  # in a short run, half of it
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     share_left = (config.max_iters - step) / (config.max_iters - warmup)  # falls from 1 to 0
@@ -433,20 +450,21 @@ def learning_rate(step, config):
 def training_step(model, optimizers, batches, config, step):
     """One step of training: forward, backward, step. Returns the mean loss.
     backward finds the gradients of all weights, and leaves each in weight.grad. It goes through the
-    computation from the loss back to the first layer, by the chain rule of calculus.
+    computation from the loss back to the first layer, by the chain rule: if a weight changes a
+    score twice as fast, and this score the loss three times as fast, the gradient is 2 * 3.
     batches: a list of (seed for dropout, x, y). If there is more than one, their gradients add up:
     this is gradient accumulation, for a batch that is too large for the memory."""
     total = 0.0
     for seed, x, y in batches:
-        torch.manual_seed(seed)  # dropout draws random numbers; so the step can be repeated exactly
+        torch.manual_seed(seed)  # for dropout: so a step that was lost can be repeated exactly
         with autocast(config):
             _, loss = model(x, y)
-        loss = loss / len(batches)
+        loss = loss / len(batches)  # so that they add up to the mean, as in one large batch
         loss.backward()
         total += loss.detach()  # detach: only the number, without what backward needs
     average_gradients(model)  # when several processes train: see part two
-    # One odd batch must not throw the weights far. So if the gradients of all weights, taken as one
-    # long list of numbers, are longer than grad_clip as a vector, they are scaled down to that.
+    # One odd batch must not throw the weights far. The norm of the gradients is the square root of
+    # the sum of their squares. If it is above grad_clip, all of them are scaled down to that.
     if config.grad_clip > 0:
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     rate = learning_rate(step, config)
@@ -477,13 +495,13 @@ def learn(model, splits, config):
 # This part keeps a run safe and makes it fast. It goes from the whole to its parts: first a run,
 # then what a run is made of, so that a reader may stop after any section.
 
-# One process can use one GPU. torchrun, PyTorch's starter, runs WORLD processes that train one
-# model together, on one machine or several, and gives each a number, its RANK. A process started
-# without it is alone: RANK is 0 and WORLD is 1. LOCAL_RANK is a process's number on its machine.
+# Most runs are a single process: then RANK is 0 and WORLD is 1. But one process can use only one
+# GPU. For more, PyTorch's program torchrun starts WORLD processes that train one model together, on
+# one machine or several. RANK is the number of a process, LOCAL_RANK that on its own machine.
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-STOP = []  # signals, such as Ctrl-C, that have asked this program to end: see ask_to_stop
+STOP = []  # empty, until a signal such as Ctrl-C asks this program to end: see ask_to_stop
 
 
 # -------------------------------- a run ---------------------------------------------------------
@@ -501,24 +519,26 @@ def train(**settings):
         run = Run(config, saved, carries_on)
         run.introduce()
         do_steps(run)
-        run.model.load_state_dict(run.best)
+        run.model.load_state_dict(run.best)  # copies the best weights into the model
         run.report()
     except (RuntimeError, MemoryError) as error:
-        explain(error, config)
+        explain(error, config)  # raises a clearer one, if it can
         raise
     return run.model.eval()
 
 
 def do_steps(run):
-    """The loop, with a bar that shows how far it has come (tqdm), if there is a terminal."""
+    """The loop, with a bar that shows how far it has come (tqdm)."""
     config = run.config
     characters = config.batch_size * config.grad_accum * config.block_size  # in each step
+    # unit_scale: each step counts as that many characters. disable=None: a bar in a terminal only.
     with tqdm(total=config.max_iters, initial=run.step, unit="char", unit_scale=characters,
               dynamic_ncols=True, file=sys.stdout, disable=None) as bar:
         while run.step < config.max_iters:
             if run.evaluation_is_due():
                 run.evaluate()
             batches = list(draw_batches(run.splits["train"], config, run.step))
+            # fast_model has the weights of model, but may be compiled to faster code.
             loss = training_step(run.fast_model, run.optimizers, batches, config, run.step)
             run.step += 1
             if STOP:
@@ -527,7 +547,7 @@ def do_steps(run):
             bar.update()
             if run.step % 10 == 0 and not bar.disable:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
-        if run.evaluation_is_due():
+        if run.evaluation_is_due():  # after the last step
             run.evaluate()
 
 
@@ -535,23 +555,25 @@ def draw_batches(data, config, step):
     """Yields the batches of a step: (seed for dropout, x, y). Several processes share them: of two,
     the first takes number 0, 2, 4 and so on. All that is random follows from seed and step, so it
     is the same when a step is repeated, and however many processes there are."""
-    draw = np.random.default_rng((config.seed, step))
+    rng = np.random.default_rng((config.seed, step))  # random numbers that follow from both
     size = (config.grad_accum, config.batch_size)
-    starts = draw.integers(0, len(data) - config.block_size, size)
-    seeds = draw.integers(0, 2**62, config.grad_accum)
+    starts = rng.integers(0, len(data) - config.block_size, size)
+    seeds = rng.integers(0, 2**62, config.grad_accum)
     for number in range(RANK, config.grad_accum, WORLD):
         x, y = get_batch(data, config, starts[number])
         yield int(seeds[number]), x, y
 
 
 class Run:
-    """A run of training: what it is made of, and how it is evaluated, saved and reported."""
+    """A run of training: what it is made of, and how it is evaluated, saved and reported.
+    saved is what a checkpoint holds. A run that carries on takes all of it, and one that fine-tunes
+    takes the weights. For a run from the beginning, saved is {}."""
 
     def __init__(self, config, saved, carries_on):
         self.config = config
         self.is_new = not carries_on  # nothing has been saved yet
         self.splits, self.tokenizer = load_data(config, saved.get("chars", ""))
-        self.corpus = fingerprint(self.splits)
+        self.corpus = fingerprint(self.splits)  # to know the text again when it carries on
         if saved and self.tokenizer.chars != saved["chars"]:  # an id must keep its meaning
             raise ValueError(f"{config.data} was prepared with another vocabulary than the model's")
         self.model, self.optimizers, self.fast_model = build(config, self.tokenizer.vocab_size)
@@ -560,7 +582,7 @@ class Run:
         self.best = {}    # the best weights so far: {name: tensor}
         if carries_on:
             self.carry_on(saved)
-        elif saved:       # fine-tuning starts from the best weights of another run
+        elif saved:
             self.model.load_state_dict(saved["best"])
 
     def carry_on(self, saved):
@@ -596,12 +618,12 @@ class Run:
 
     def best_step(self):
         """The step with the best weights: the one with the lowest val, except step 0, where nothing
-        was learned yet. For pairs it is the latest step: their val asks for facts that the model
-        was never told, so it does not say how well the model has learned."""
+        was learned yet. For pairs it is the latest step. Their val is about questions that the
+        model has never seen, so it does not say how well the model knows those that it has."""
         vals = {step: losses["val"] for step, losses in self.losses.items() if step > 0}
         if kind_of(self.config.data) == "pairs" or not vals:
             return self.step
-        return min(vals, key=vals.get)
+        return min(vals, key=vals.get)  # the step whose val is the lowest
 
     def save(self):
         """Writes the checkpoint: all that the run needs to carry on. ValueError if a weight is no
@@ -615,11 +637,12 @@ class Run:
         if self.best_step() == self.step:
             # Copies, since the next step changes the weights in place.
             self.best = {name: tensor.clone() for name, tensor in weights.items()}
-        if RANK > 0:
+        if RANK > 0:  # only process 0 writes
             return
         if self.is_new and os.path.exists(config.out):
             raise OSError(f"{config.out} was made by another run since this one began, so it is "
                           "left alone: name another --out")
+        # What each optimizer remembers of the weights. Its settings are in config already.
         kept = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
         save_checkpoint(config.out, dict(
             config=asdict(config), chars=self.tokenizer.chars, corpus=self.corpus,
@@ -632,15 +655,16 @@ class Run:
         config = self.config
         kind = kind_of(config.data)
         if kind != "pairs":  # for pairs, load_pairs has said more
-            count = sum(len(ids) for ids in self.splits.values())
-            print(f"corpus  {config.data or 'built in'}: {kind}, {count:,} characters, "
-                  f"{self.tokenizer.vocab_size:,} different ones")
+            name = config.data or "built in"
+            count = len(self.splits["train"]) + len(self.splits["val"])
+            different = self.tokenizer.vocab_size
+            print(f"corpus  {name}: {kind}, {count:,} characters, {different:,} different ones")
         device = config.device
         if device == "cuda":
             device = torch.cuda.get_device_name()
         count = sum(p.numel() for p in self.model.parameters())
-        print(f"model   {config.out}: {count:,} parameters, at step {self.step:,} of "
-              f"{config.max_iters:,}, on {device} in {config.dtype}")
+        place = f"at step {self.step:,} of {config.max_iters:,}, on {device} in {config.dtype}"
+        print(f"model   {config.out}: {count:,} parameters, {place}")
         if config.compile and self.step < config.max_iters:
             print("the first step compiles, which can take a minute")
 
@@ -657,17 +681,19 @@ class Run:
             print(f"\nfinished at step {self.step:,}; for more, raise --max_iters")
         best = self.best_step()
         if best in self.losses:
-            print(f"best    step {best:,}, val {self.losses[best]['val']:.4f}")
+            val = self.losses[best]["val"]
+            print(f"best    step {best:,}, val {val:.4f}")
         print(f"talk to it: python chat.py --model {shlex.quote(config.out)}")
 
 
 # -------------------------------- settings ------------------------------------------------------
-# What a model is made of, which stays as it is for as long as the model lives.
+# A setting has the value that the user gives. If none is given, it comes from the checkpoint: for
+# fine-tuning, these settings, which describe the model and can never change;
 ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer")
-# A run that carries on takes all settings from its checkpoint, except these: it may have moved.
+# for a run that carries on, all settings but these, as the run may have moved to another machine.
 OF_THE_MACHINE = ("out", "device", "dtype", "compile")
-# These may be changed while a run carries on. All others must stay as they were. (data may be
-# another path to the same text.)
+# If none is there either, it is the device's default. While a run carries on, the user may change
+# OF_THE_MACHINE and these, but no others. (data may be another path to the same text.)
 MAY_CHANGE = (*OF_THE_MACHINE, "data", "max_iters", "eval_interval", "eval_iters")
 CHOICES = {"optimizer": ("adamw", "muon"),
            "device": ("cpu", "cuda", "mps"),
@@ -684,7 +710,7 @@ def check(config):
         name = field.name
         value = getattr(config, name)
         if field.type is float and type(value) is int:
-            value = float(value)  # 1 will do for 1.0
+            value = float(value)  # 1 will do for 1.0, here and below
         if type(value) is not field.type:
             raise ValueError(f"{name} must be of type {field.type.__name__}, not {value!r}")
         if name in CHOICES and value not in CHOICES[name]:
@@ -706,7 +732,7 @@ def defaults_for(device):
     # Older GPUs have no bfloat16, and only emulate it, which is slow.
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
         settings["dtype"] = "bfloat16"
-    # torch.compile needs a C compiler, which is rare on Windows.
+    # torch.compile needs a C compiler, which is rare on Windows. (CC may say which one to use.)
     compiler = shutil.which(os.environ.get("CC", "cc"))
     settings["compile"] = sys.platform == "linux" and compiler is not None
     return settings
@@ -714,49 +740,53 @@ def defaults_for(device):
 
 def choose_settings(given):
     """given, {name: value}: what the user asked for -> (config, saved, carries_on).
-    If the file out exists, the run carries on with it. saved is what that file holds; for a new
-    run, it is what the file init_from holds, or {}. A setting that is not given comes from saved,
-    as far as it must stay as it was, and else from the device's defaults."""
+    If the file out exists, the run carries on, and saved is what the file holds. Otherwise it is
+    what the file init_from holds, or {} for a run from the beginning."""
     config = Config(**given)  # a first one, to know which files and which device are meant
     out = config.out
-    if not out:  # book.txt gives book.pkl; abspath gives the folder "." a name
-        out = Path(os.path.abspath(config.data or "model")).stem + ".pkl"
+    if not out:
+        path = os.path.abspath(config.data or "model")  # so that the folder "." has a name, too
+        out = Path(path).stem + ".pkl"                  # book.txt gives book.pkl
     folder = os.path.dirname(os.path.realpath(out))
     if RANK == 0 and not os.path.isdir(folder):
         raise ValueError(f"{out} cannot be saved: there is no folder {folder}")
     saved = find_checkpoint(out)
     carries_on = bool(saved)
-    taken_over = []
+    path = out
+    taken_over = ()  # the names of the settings that come from the checkpoint
     if carries_on:
         taken_over = [name for name in saved["config"] if name not in OF_THE_MACHINE]
     elif config.init_from:
-        saved = find_checkpoint(config.init_from)
+        path = config.init_from
+        saved = find_checkpoint(path)
         taken_over = ARCHITECTURE
         if not saved:
-            raise ValueError(f"{config.init_from}: no such file")
+            raise ValueError(f"{path}: no such file")
     settings = defaults_for(config.device)
     for name in taken_over:
         settings[name] = saved["config"][name]
-    settings.update(given, out=out)
+    settings.update(given)  # and these replace the others
+    settings["out"] = out
     config = Config(**settings)
-    if saved:
-        path = out if carries_on else config.init_from
-        refuse_changes(path, saved["config"], asdict(config), taken_over)
+    refuse_changes(path, saved, config, taken_over)
     if config.grad_accum % WORLD:
         raise ValueError(f"grad_accum {config.grad_accum} must be divisible by {WORLD} processes")
     return config, saved, carries_on
 
 
-def refuse_changes(path, before, after, taken_over):
+def refuse_changes(path, saved, config, taken_over):
     """No flag may be ignored in silence, and none may spoil a trained model: ValueError names a
-    setting that must stay as it was. before, after: {name: value}."""
+    setting that must stay as it is in the checkpoint."""
+    after = asdict(config)
+    before = saved.get("config", after)
     may_change = MAY_CHANGE
-    texts_before = before["batch_size"] * before["grad_accum"]  # in a step
+    texts_before = before["batch_size"] * before["grad_accum"]
     texts_after = after["batch_size"] * after["grad_accum"]
-    if texts_before == texts_after:
+    if texts_before == texts_after:  # a step has as many texts, only divided in another way
         may_change += ("batch_size", "grad_accum")
     for name in taken_over:
-        if before[name] != after[name] and name not in may_change:
+        changed = before[name] != after[name]
+        if changed and name not in may_change:
             raise ValueError(f"{path} was trained with {name} {before[name]!r}, not "
                              f"{after[name]!r}: drop the flag, or start a new run with another "
                              f"--out (and --init_from {path}, if its weights are wanted)")
@@ -769,7 +799,7 @@ def find_checkpoint(path):
     if RANK == 0 and os.path.exists(path):
         saved = load_checkpoint(path)
     if WORLD > 1:
-        parcel = [saved]
+        parcel = [saved]  # process 0 sends it, and all others find it in theirs
         torch.distributed.broadcast_object_list(parcel, device=torch.device("cpu"))
         saved = parcel[0]
     return saved
@@ -788,7 +818,7 @@ def save_checkpoint(path, checkpoint):
             file.flush()             # from Python to the system,
             os.fsync(file.fileno())  # and from the system to the disk
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as either
+    except (OSError, RuntimeError) as error:  # a full disk is an OSError, but not to torch.save
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: not saved, the file is as it was: {error}")
 
@@ -803,10 +833,11 @@ def load_checkpoint(path):
         try:
             check_parts(file)
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            same_version = saved["config"].keys() == asdict(Config()).keys()
+            known = asdict(Config())
+            same_version = saved["config"].keys() == known.keys()
             if same_version:
                 check_weights(saved)
-        except Exception as error:  # a foreign file can fail in any way
+        except Exception as error:  # whatever went wrong, a user needs to know only this:
             if is_out_of_memory(error):
                 raise ValueError(f"{path} does not fit in memory")
             raise ValueError(f"{path} is no checkpoint of gpt.py, or it is damaged")
@@ -820,53 +851,67 @@ def check_parts(file):
     damaged. torch.load does not look at it, so a damaged weight would pass for a good one."""
     with zipfile.ZipFile(file) as parts:
         damaged = parts.testzip()
-        # These attributes are 0 in what torch.save writes; others would change how it is read.
+        # The parts also have attributes, without a checksum. In a good file, all are 0.
         attributes = [part.external_attr for part in parts.infolist()]
     if damaged or any(attributes):
         raise ValueError("damaged")
 
 
 def check_weights(saved):
-    """Raises some error if a run could not go on with this: if something is missing, or if the
-    weights do not fit the model that the settings describe. That model is made on the device meta,
-    where tensors have shapes but no numbers: so it takes no memory, whatever size the file says."""
+    """Raises an error, of whatever kind, if something is missing, or if the weights do not fit the
+    model that the settings describe. That model is made on the device meta, where tensors have
+    shapes but no numbers: so it takes no memory, whatever size the file says."""
     missing = {"corpus", "python", "step", "losses", "optimizer"} - set(saved)
-    tokenizer = CharTokenizer(saved["chars"])
-    if missing or tokenizer.chars != saved["chars"]:
+    if missing:
         raise ValueError("incomplete")
+    tokenizer = CharTokenizer(saved["chars"])
+    if tokenizer.chars != saved["chars"]:  # not sorted, or without END
+        raise ValueError("no vocabulary")
     with torch.device("meta"):
         model = GPT(Config(**saved["config"]), tokenizer.vocab_size)
+    expected = shapes_of(model.state_dict())
     for weights in (saved["model"], saved["best"]):
-        if shapes_of(weights) != shapes_of(model.state_dict()) or not are_finite(weights):
+        if shapes_of(weights) != expected or not are_finite(weights):
             raise ValueError("other weights")
 
 
 def shapes_of(weights):
+    """{name: tensor} -> {name: shape}."""
     return {name: tensor.shape for name, tensor in weights.items()}
 
 
 def are_finite(weights):
     """False if a number in {name: tensor} is infinite or nan, "not a number"."""
-    return all(tensor.isfinite().all() for tensor in weights.values())
+    for tensor in weights.values():
+        if not tensor.isfinite().all():
+            return False
+    return True
 
 
 def restore(optimizers, states, path):
-    """Gives optimizers back what they remember of each weight, as AdamW its two averages. PyTorch
-    does not check that their sizes fit, so this does. ValueError if they do not.
-    states: for each optimizer, {number of a weight: {name: tensor}}."""
+    """Gives optimizers back what they remember of each weight, as AdamW its two averages.
+    states: for each optimizer, {number of a weight: {name: tensor}}. ValueError if the sizes do not
+    fit: PyTorch does not look at them here, but relies on them later."""
     try:
         for optimizer, state in zip(optimizers, states, strict=True):
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
+            whole = optimizer.state_dict()  # its settings ("param_groups") and its "state"
+            whole["state"] = state
+            optimizer.load_state_dict(whole)
             for weight, kept in optimizer.state.items():
-                for name, tensor in kept.items():
-                    shape = weight.shape
-                    if name == "step":  # a count of steps, a single number
-                        shape = ()
-                    if tensor.shape != shape or not tensor.is_contiguous():
-                        raise ValueError(name)
+                check_kept(kept, weight)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: what its optimizer kept does not fit the model: {error}")
+
+
+def check_kept(kept, weight):
+    """kept: {name: tensor}. "step", which counts steps, is a single number; all else has the
+    weight's shape, with its numbers in order (contiguous)."""
+    for name, tensor in kept.items():
+        shape = weight.shape
+        if name == "step":
+            shape = ()
+        if tensor.shape != shape or not tensor.is_contiguous():
+            raise ValueError(name)
 
 
 def load_model(path, device="cpu"):
@@ -875,7 +920,7 @@ def load_model(path, device="cpu"):
     saved = load_checkpoint(path)
     saved["config"].update(device=device, dtype="float32")
     config = Config(**saved["config"])
-    prepare_device(config)
+    prepare_device(config)  # ValueError if it is not there
     tokenizer = CharTokenizer(saved["chars"])
     model = GPT(config, tokenizer.vocab_size)
     model.load_state_dict(saved["best"])
@@ -926,22 +971,26 @@ def read_documents(names):
         for text in topics.values():
             yield clean(text) + END
     for name in names:
-        yield from read_text(name)
+        for piece in read_text(name):
+            yield piece
         yield END
 
 
+# What shows that a file is no text: a NUL; and the codes from U+DC80 to U+DCFF, which are not used
+# for characters, so that Python can decode to them what it cannot decode (surrogateescape).
+NOT_TEXT = re.compile("[\\0\udc80-\udcff]")
+
+
 def read_text(path):
-    """Yields a text file in pieces of about a million characters. Whatever ends its lines, Python
-    makes "\\n" of it. ValueError says where the file is no text, as that is nothing to learn."""
+    """Yields a text file in pieces of about a million characters. Python turns all kinds of line
+    ends into "\\n". ValueError names the first line that is not text."""
     line = 1
     with open(path, "rb") as file:
-        encoding = encoding_of(file.peek(2))
-        # surrogateescape: bytes that are no characters become codes from U+DC80 on, which no text
-        # has. And only a file that is not text has a NUL, "\\0".
+        encoding = encoding_of(file.peek(2))  # peek: look at the first bytes, and leave them there
         text = io.TextIOWrapper(file, encoding, errors="surrogateescape")
         try:
-            while piece := text.read(2**20):
-                bad = re.search("[\\0\ud800-\udfff]", piece)
+            while piece := text.read(2**20):  # until nothing is left
+                bad = NOT_TEXT.search(piece)
                 if bad:
                     line += piece.count("\n", 0, bad.start())
                     raise ValueError(f"{path}, line {line:,}: this is not {encoding} text; save it "
@@ -967,10 +1016,10 @@ def clean(text):
 
 
 def codes_of(text):
-    """A text -> the number of each character in Unicode, an array of uint32: "hi" is 104, 105.
-    UTF-32 writes each of these numbers in 4 bytes, and frombuffer makes an array of them.
-    (surrogatepass: JSON can contain halves of characters, and these shall not raise an error.)"""
-    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    """A text -> the number of each character in Unicode, an array of uint32: "hi" is 104, 105."""
+    # surrogatepass: a text from JSON may hold half of a character, which shall not be an error.
+    data = text.encode("utf-32-le", "surrogatepass")  # each number in 4 bytes
+    return np.frombuffer(data, np.uint32)             # the same 4 bytes, as an array of numbers
 
 
 def tokenizer_for(found, chars):
@@ -978,15 +1027,15 @@ def tokenizer_for(found, chars):
     vocabulary: it reads all other characters as UNK, so they are printed."""
     unknown = sorted(set(found) - set(chars))
     if chars and unknown:
+        share = f"{len(unknown):,} of {len(found):,} different characters"
         some = printable(" ".join(unknown[:20]))
-        print(f"unknown {len(unknown):,} of {len(found):,} different characters, which the model "
-              f"cannot tell apart: {some}")
+        print(f"unknown {share}, which the model cannot tell apart: {some}")
     return CharTokenizer(chars or found)
 
 
 def encode_pieces(pieces, tokenizer):
     """A text that comes in pieces -> its ids. So only the ids and one piece are in memory."""
-    ids = bytearray()
+    ids = bytearray()  # can grow, which an array cannot
     for piece in pieces:
         ids += tokenizer.encode(piece).tobytes()
     return np.frombuffer(ids, np.uint16)
@@ -1001,18 +1050,19 @@ ANSWERS = ("completion", "answer", "response", "output")
 
 def load_pairs(config, chars):
     """Prompts with their answers -> (splits, tokenizer). A tenth of the pairs is kept back for val.
-    The pairs of each split follow each other in random order, again and again in a new one, for at
-    least a million characters. In a single order, the model would learn which follows which."""
+    In each split, the pairs are shuffled and written one after the other, and this is repeated
+    until there are a million characters: if they were always in the same order, the model would
+    learn which question follows which."""
     pairs = read_pairs(config.data)
     cut = int(0.9 * len(pairs))
+    counts = f"{cut:,} to train on and {len(pairs) - cut:,} kept back"
     too_long = [pair for pair in pairs if len(pair) > config.block_size]
-    print(f"corpus  {config.data}: pairs, {cut:,} to train on and {len(pairs) - cut:,} kept back; "
-          f"{len(too_long):,} are longer than block_size")
+    print(f"corpus  {config.data}: pairs, {counts}; {len(too_long):,} are longer than block_size")
     tokenizer = tokenizer_for(set("".join(pairs)), chars)
     rng = random.Random(config.seed)
     splits = {}
     for name, part in (("train", pairs[:cut]), ("val", pairs[cut:])):
-        once = sum(len(pair) for pair in part)
+        once = sum(len(pair) for pair in part)  # characters, at least one for each END
         pieces = []
         for _ in range(math.ceil(1e6 / once)):
             rng.shuffle(part)
@@ -1041,7 +1091,7 @@ def parse_pair(line):
     """A line of read_pairs -> its text. ValueError says what is wrong with it."""
     try:
         pair = json.loads(line)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # no JSON, or lists in lists in lists ...
         pair = None
     if not isinstance(pair, dict):
         raise ValueError(f"this is no JSON object: {line[:60]}")
@@ -1054,26 +1104,28 @@ def parse_pair(line):
         names.insert(1, INPUT)
     for name in names:
         if not isinstance(pair[name], str):
-            raise ValueError(f"{name} must be a text, not {json.dumps(pair[name])[:60]}")
-    return clean("\n".join(pair[name] for name in names)) + END
+            raise ValueError(f"{name} must be a text, not {pair[name]!r}")
+    text = "\n".join(pair[name] for name in names)
+    return clean(text) + END
 
 
 def open_prepared(folder):
     """The folder of prepare_owt.py -> (splits, tokenizer). np.memmap is an array that stays on the
     disk: only what is used is read, so that a corpus may be larger than the memory.
-    ValueError if the files do not belong together: the model would learn nonsense."""
+    corpus.json says what the other files must be like. ValueError if they are not: with another
+    vocabulary, for example, the model would learn nonsense."""
     folder = Path(folder)
     splits = {}
     try:
         corpus = json.loads((folder / "corpus.json").read_bytes())
         vocabulary = (folder / "vocab.json").read_bytes()
-        fits = zlib.crc32(vocabulary) == corpus["checksum"]
         for name in ("train", "val"):
             splits[name] = np.memmap(folder / f"{name}.bin", np.uint16, "r")  # r: read only
-            fits = fits and len(splits[name]) == corpus[name]
+        found = [zlib.crc32(vocabulary), len(splits["train"]), len(splits["val"])]
+        expected = [corpus["checksum"], corpus["train"], corpus["val"]]
     except (ValueError, TypeError, KeyError):
-        fits = False
-    if not fits:
+        found = expected = None
+    if found is None or found != expected:
         raise ValueError(f"{folder}: its files are damaged or do not belong together; run "
                          "prepare_owt.py again")
     return splits, CharTokenizer(json.loads(vocabulary))
@@ -1082,8 +1134,9 @@ def open_prepared(folder):
 def check_lengths(splits, config):
     """A block must fit into each split, with the character that follows it, or ValueError."""
     for name, ids in splits.items():
-        if len(ids) <= config.block_size:
-            raise ValueError(f"{config.data}: too short: its {name} split has {len(ids):,} "
+        length = len(ids)
+        if length <= config.block_size:
+            raise ValueError(f"{config.data}: too short: its {name} split has {length:,} "
                              f"characters, and needs more than block_size, {config.block_size}")
 
 
@@ -1095,7 +1148,7 @@ def fingerprint(splits):
     for name, ids in splits.items():
         checksum = 0
         for start in np.linspace(0, len(ids), 1000, endpoint=False, dtype=np.int64):
-            checksum = zlib.crc32(ids[start : start + 2**14], checksum)
+            checksum = zlib.crc32(ids[start : start + 2**14], checksum)  # goes on from the last
         found[name] = [len(ids), checksum]
     return found
 
@@ -1112,9 +1165,9 @@ def build(config, vocab_size):
     fast_model = model
     if config.compile:
         mode = "default"
-        # A GPU is often faster than Python can tell it what to do. In this mode, it records all
-        # that it does in a step, and then repeats it (a CUDA graph). But with a second batch, it
-        # would write the new gradients over the first ones instead of adding them.
+        # Python is often too slow to tell a GPU what to do next. In this mode, the GPU records all
+        # that it does for a batch and then repeats it (a CUDA graph). It writes to the same places
+        # each time, so gradients do not add up, and a step must have a single batch.
         if config.device == "cuda" and config.grad_accum == 1:
             mode = "reduce-overhead"
         fast_model = torch.compile(model, mode=mode)
@@ -1127,8 +1180,7 @@ def prepare_device(config):
     NVIDIA's GPUs are programmed. .to(device) moves tensors, and those that are used together must
     be on the same device.
     (A GPU adds up numbers in the order in which its threads finish, so that the last digits differ
-    from run to run. torch.use_deterministic_algorithms(True), with CUBLAS_WORKSPACE_CONFIG=:4096:8
-    in the environment, makes them equal, and training slower.)"""
+    from run to run. The README says how to make them equal.)"""
     if not getattr(torch, config.device).is_available():  # torch.cuda, torch.cpu or torch.mps
         raise ValueError(f"device {config.device}: this machine, or its torch, has none")
     if config.device != "cuda":
@@ -1138,14 +1190,15 @@ def prepare_device(config):
                          f"{torch.cuda.device_count()}, so lower --nproc_per_node")
     torch.cuda.set_device(LOCAL_RANK)
     torch.set_float32_matmul_precision("high")  # float32 with fewer digits, but far faster
-    # cuDNN's attention first prepares itself for each length of text, and a text that is being
-    # written gets longer with each character. PyTorch has other ways to compute attention.
+    # PyTorch has several ways to compute attention (sdp). That of NVIDIA's library cuDNN has to get
+    # ready for each length of text, and a text that is being written is longer each time.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def join_processes():
-    """Connects the processes of torchrun, through nccl between GPUs and gloo between CPUs. Process
-    0 alone prints, or each line would come WORLD times."""
+    """Connects the processes of torchrun, so that they can send each other tensors: through nccl
+    between GPUs and gloo between CPUs. Process 0 alone prints, or each line would come WORLD
+    times."""
     if WORLD == 1 or torch.distributed.is_initialized():
         return
     backends = "gloo"
@@ -1166,13 +1219,14 @@ def average_gradients(model):
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     vector = nn.utils.parameters_to_vector(gradients)
     torch.distributed.all_reduce(vector)  # now vector is the sum over all processes
-    nn.utils.vector_to_parameters(vector / WORLD, gradients)  # and back, each to its place
+    nn.utils.vector_to_parameters(vector / WORLD, gradients)  # and back into the gradients
 
 
 def is_out_of_memory(error):
     """Whether an error says that the memory is full: Python's, PyTorch's, or that of a GPU."""
+    text = str(error)
     words = ("out of memory", "allocate", "ALLOC_FAILED", "not enough memory")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
+    return isinstance(error, MemoryError) or any(word in text for word in words)
 
 
 def explain(error, config):
@@ -1185,13 +1239,14 @@ def explain(error, config):
             advice = f"--batch_size {half} --grad_accum {2 * config.grad_accum}, then {advice}"
         raise MemoryError(f"out of memory: try {advice}; for a text that is too large, "
                           "prepare_owt.py") from error
-    if type(error).__module__.startswith("torch._"):  # torch._dynamo, torch._inductor: the compiler
+    origin = type(error).__module__  # where this kind of error is defined
+    if origin.startswith("torch._"):  # torch._dynamo or torch._inductor, parts of the compiler
         raise ValueError(f"torch.compile failed, try --no-compile: {str(error)[:200]}") from error
 
 
 def make_muon(model, matrices, config):
     """Returns (the matrices that are left to AdamW, [Muon] for those of the blocks)."""
-    inside = set(model.blocks.parameters())
+    inside = set(model.blocks.parameters())  # a set compares them by identity, not by value
     for_muon = [p for p in matrices if p in inside]
     for_adamw = [p for p in matrices if p not in inside]
     return for_adamw, [Muon(for_muon, config)]
@@ -1199,15 +1254,16 @@ def make_muon(model, matrices, config):
 
 class Muon(torch.optim.Optimizer):
     """An optimizer for matrices that often needs fewer steps than AdamW (Jordan 2024).
-    It averages the gradients of some twenty steps, as momentum does. Such an average is a matrix,
-    too, and it mostly asks for a few strong changes, on which many examples agree, and for many
-    weak ones. equalize makes all of them about equally strong, so that rare things are learned as
-    fast as frequent ones. The steps are as large as AdamW's, so one learning rate serves both."""
+    AdamW treats each number of a matrix by itself; Muon treats the matrix as a whole. A gradient
+    consists of patterns: some are strong, as many examples agree on them, and many are weak. Muon
+    makes all of them about equally strong before it moves the weights (see equalize), so that what
+    is rare is learned as fast as what is frequent. Against noise, it first averages the gradients
+    of some twenty steps. Its steps are as large as AdamW's, so one learning rate serves both."""
 
     def __init__(self, matrices, config):
         self.config = config
-        defaults = dict(lr=config.learning_rate, weight_decay=config.weight_decay)
-        super().__init__([{"params": matrices}], defaults)
+        settings = dict(lr=config.learning_rate, weight_decay=config.weight_decay)
+        super().__init__([{"params": matrices}], settings)
 
     @torch.no_grad()
     def step(self):
@@ -1222,32 +1278,39 @@ class Muon(torch.optim.Optimizer):
         for shape, weights in same_shape.items():
             moves = []
             for weight in weights:
-                kept = self.state[weight]
+                kept = self.state[weight]  # what this optimizer remembers of it; at first {}
                 if not kept:
                     kept["momentum_buffer"] = torch.zeros_like(weight)
                 average = kept["momentum_buffer"]
-                average.lerp_(weight.grad, 0.05)  # average = 0.95 * average + 0.05 * gradient
-                moves.append(weight.grad.lerp(average, 0.95))  # the newest gradient counts twice
+                average.lerp_(weight.grad, 0.05)         # 0.95 * average + 0.05 * gradient
+                move = weight.grad.lerp(average, 0.95)   # 0.95 * average + 0.05 * gradient, again:
+                moves.append(move)                       # this is called Nesterov's momentum
             with autocast(self.config):
                 moves = equalize(torch.stack(moves))
-            size = 0.2 * math.sqrt(max(shape))  # makes the steps as large as AdamW's
+            # AdamW moves a weight by about 0.2 * rate. The numbers from equalize are about
+            # 1 / sqrt(max(shape)), so this makes the steps as large.
+            size = 0.2 * math.sqrt(max(shape))
             for weight, move in zip(weights, moves):
                 weight.mul_(1 - decay)
-                weight.sub_(move, alpha=rate * size)
+                weight.sub_(move, alpha=rate * size)  # weight = weight - rate * size * move
 
 
 def equalize(x):
-    """Makes the changes that a matrix asks for about equally strong. x: matrices, (n, rows, cols).
-    Take numbers from 0 to 1, and replace each f of them by
+    """Makes the patterns in matrices, (n, rows, columns), about equally strong.
+    Take a matrix with 0.9 and 0.1 on its diagonal and 0 elsewhere: it has a strong pattern and a
+    weak one. The product of two such matrices has the products of these numbers on its diagonal.
+    So one round of the loop below replaces each number f by
         3.4445 * f - 4.7750 * f ** 3 + 2.0315 * f ** 5
-    After five rounds of this, 0.01 has become 0.69 and 0.9 has become 0.72: all numbers are about
-    equal. The loop below does the same with matrices, where x @ x.mT @ x takes the place of f ** 3.
-    That is simple to see if a matrix has numbers on its diagonal only, and it holds for all others.
-    (The numbers are Jordan's. This is called a Newton-Schulz iteration.)"""
+    which makes 0.82 of 0.9, and 0.34 of 0.1. After five rounds, both are between 0.68 and 1.14, and
+    so is all that began above 0.01. The same happens to the patterns of any other matrix (its
+    singular values), which is not shown here. Jordan found these three numbers by experiment; the
+    method is called a Newton-Schulz iteration."""
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT  # rows become columns: so the products below are smaller
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # brings the strengths below 1
+    # The norm is the root of the sum of all squares. Divided by it, no pattern is stronger than 1.
+    norm = x.norm(dim=(1, 2), keepdim=True)
+    x = x / norm.clamp(min=1e-7)
     one = torch.eye(x.shape[1], device=x.device)  # one @ x is x
     for _ in range(5):
         square = x @ x.mT
@@ -1272,11 +1335,10 @@ def sample(model, tokenizer, length):
 
 
 def printable(text):
-    """Some characters would move a terminal's cursor, or worse. Control characters except tab and
-    line end, those that turn the direction of writing, and halves of characters become UNK."""
-    control = r"\x00-\x08\x0b-\x1f\x7f-\x9f"
-    direction = r"\u202a-\u202e\u2066-\u2069"
-    halves = r"\ud800-\udfff"
+    """Some characters would move a terminal's cursor, or do worse. They become UNK."""
+    control = r"\x00-\x08\x0b-\x1f\x7f-\x9f"    # but not \x09 and \x0a, tab and line end
+    direction = r"\u202a-\u202e\u2066-\u2069"  # would turn the direction of writing
+    halves = r"\ud800-\udfff"                   # of characters, which cannot be printed
     return re.sub(f"[{control}{direction}{halves}]", UNK, text)
 
 
@@ -1290,6 +1352,7 @@ def tune(**settings):
     splits, tokenizer = load_data(config)
     total = config.batch_size * config.grad_accum
     rates = {}  # {flags: characters a second}
+    # product: all combinations, twelve of them
     for parts, dtype, compiled in itertools.product((1, 2, 4), CHOICES["dtype"], (False, True)):
         if total % parts > 0:
             continue
@@ -1331,7 +1394,7 @@ def measure(config, data, vocab_size):
 def main(argv=None):
     """Reads the words of the command line, and calls train or tune."""
     parser = make_parser()
-    settings = vars(parser.parse_args(argv))  # {name: value} of the flags that were given
+    settings = vars(parser.parse_args(argv))  # {name: value}, only of flags that were given
     tuning = settings.pop("tune", False)
     try:
         if tuning:
@@ -1357,11 +1420,12 @@ def make_parser():
                     usage="python gpt.py [--data book.txt] [--max_iters 500] ...",
                     argument_default=argparse.SUPPRESS)  # flags that are not given are left out
     comments = {}
-    for line in inspect.getsource(Config).splitlines():
+    for line in inspect.getsource(Config).splitlines():  # "    seed: int = 1337   # where the ..."
         code, _, comment = line.partition("  # ")
         name = code.split(":")[0].strip()
         comments[name] = comment
-    defaults = asdict(Config(**defaults_for(Config.device)))
+    on_this_device = Config(**defaults_for(Config.device))
+    defaults = asdict(on_this_device)
     for field in fields(Config):
         words = f"{comments[field.name]} (default: {defaults[field.name]})"
         if field.type is bool:  # --compile and --no-compile
@@ -1377,7 +1441,8 @@ def catch_signals():
     """From now on, Ctrl-C, the command kill and a terminal that is closed call ask_to_stop."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+        # A signal that is ignored stays so: the command nohup does that, to outlive the terminal.
+        if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, ask_to_stop)
 
 
@@ -1389,8 +1454,8 @@ def ask_to_stop(number, frame):
 
 def set_up_streams():
     """A terminal without UTF-8 cannot show all characters: it shows "?" instead of failing. Each
-    line is written at once, so that a log is up to date. Whatever ends the lines that are read,
-    Python makes "\\n" of it (newline=None)."""
+    line is written at once, so that a log is up to date. All kinds of line ends are read as "\\n"
+    (newline=None)."""
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # the streams of a notebook need none of this
             stream.reconfigure(errors="replace", line_buffering=True, newline=None)

@@ -346,7 +346,8 @@ def test_at_least_two_pairs_are_needed():
 
 def write_numbered_pairs(count, length):
     """A file of pairs of the given length, and the list of their texts."""
-    write_pairs(*[pair(str(number), "a" * (length - 6)) + "\n" for number in range(1000, 1000 + count)])
+    answer = "a" * (length - 6)  # a question has four characters, and there are a line end and END
+    write_pairs(*[pair(str(number), answer) + "\n" for number in range(1000, 1000 + count)])
     return gpt.read_pairs("pairs.jsonl")
 
 
@@ -413,7 +414,8 @@ def test_characters_that_the_model_to_start_from_lacks_are_named(capsys):
     Path("other.txt").write_text("ab" + "é☃ab" * 50)
     gpt.load_data(tiny(data="other.txt"), chars="ab" + END)
     output = capsys.readouterr().out
-    assert output == "unknown 2 of 5 different characters, which the model cannot tell apart: é ☃\n"
+    assert output == ("unknown 2 of 5 different characters, which the model cannot tell apart: "
+                      "é ☃\n")
     gpt.load_data(tiny(data="other.txt"))
     assert capsys.readouterr().out == ""
 
