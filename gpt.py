@@ -34,7 +34,7 @@ class Config:
     it is used. (A dataclass lists names, types and values. Config() has the values below, and
     Config(n_layer=2) has the same, except that n_layer is 2. A value that cannot work raises
     ValueError.)"""
-    data: str = ""                # a text file, a folder, pairs of question and answer (.jsonl)
+    data: str = ""                # text file, folder (of texts, or of prepare_owt.py), or .jsonl of pairs
     out: str = ""                 # file to save the model in; if empty, it is named after the data
     init_from: str = ""           # file of a trained model to start from (fine-tuning)
     batch_size: int = 16          # texts worked on at once: B
@@ -49,7 +49,7 @@ class Config:
     learning_rate: float = 3e-3   # size of a training step at its largest
     weight_decay: float = 0.2     # how strongly weights are pulled to 0
     warmup_iters: int = 100       # steps in which the learning rate climbs
-    grad_clip: float = 1.0        # limit for the length of the gradient; 0: no limit
+    grad_clip: float = 1.0        # limit for the norm of the gradients; 0: no limit
     eval_interval: int = 320      # steps from one evaluation to the next; each saves the model
     eval_iters: int = 20          # batches that an evaluation reads
     seed: int = 1337              # where the random numbers start
@@ -591,8 +591,9 @@ class Run:
         if saved["corpus"] != self.corpus:
             cause = f"{config.data} has changed, or is another text"
             if not config.data:
-                cause = (f"it was trained on the documentation of Python {saved['python']}, and "
-                         f"this is that of Python {platform.python_version()}")
+                old = saved.get("python", "another version")
+                cause = (f"it was trained on the documentation of Python {old}, and this is that "
+                         f"of Python {platform.python_version()}")
             raise ValueError(f"{config.out} cannot carry on: {cause}; choose another --out, and "
                              f"--init_from {config.out} to start from its weights")
         restore(self.optimizers, saved["optimizer"], config.out)
@@ -861,7 +862,7 @@ def check_weights(saved):
     """Raises an error, of whatever kind, if something is missing, or if the weights do not fit the
     model that the settings describe. That model is made on the device meta, where tensors have
     shapes but no numbers: so it takes no memory, whatever size the file says."""
-    missing = {"corpus", "python", "step", "losses", "optimizer"} - set(saved)
+    missing = {"corpus", "step", "losses", "optimizer"} - set(saved)
     if missing:
         raise ValueError("incomplete")
     tokenizer = CharTokenizer(saved["chars"])
