@@ -12,9 +12,10 @@ course "Create a Large Language Model from Scratch with Python". Part one is the
 is and how it learns. Part two keeps a run safe and makes it fast; a first reading may skip it.
 Capital letters in comments stand for sizes, each of which is explained where it first matters:
     B  batch: texts worked on side by side      H  attention heads
-    T  time: characters in each text            D  head size, C / H
+    T  time: characters in each text            D  size of a head, C / H
     C  channels: numbers for each character     V  vocabulary: different characters
 """
+# Most of these are for part two.
 import argparse, atexit, codecs, inspect, io, itertools, json, math, os, platform, random, re
 import shlex, shutil, signal, sys, time, zipfile, zlib
 from collections import defaultdict
@@ -34,7 +35,7 @@ class Config:
     it is used. (A dataclass lists names, types and values. Config() has the values below, and
     Config(n_layer=2) has the same, except that n_layer is 2. A value that cannot work raises
     ValueError.)"""
-    data: str = ""                # text file, folder (of texts, or of prepare_owt.py), or .jsonl of pairs
+    data: str = ""                # text file, folder of texts or of prepare_owt.py, .jsonl of pairs
     out: str = ""                 # file to save the model in; if empty, it is named after the data
     init_from: str = ""           # file of a trained model to start from (fine-tuning)
     batch_size: int = 16          # texts worked on at once: B
@@ -43,7 +44,7 @@ class Config:
     max_iters: int = 1920         # training steps in all
     n_embd: int = 128             # numbers that describe each character: C
     n_head: int = 4               # attention heads: H
-    n_layer: int = 4              # layers on top of each other; 0: no attention
+    n_layer: int = 4              # layers on top of each other; with 0, there is no attention
     dropout: float = 0.05         # share of numbers turned off in training
     optimizer: str = "adamw"      # what moves the weights: adamw or muon
     learning_rate: float = 3e-3   # size of a training step at its largest
@@ -73,7 +74,7 @@ class CharTokenizer:
     texts become short. Subwords lie in between (byte-pair encoding, BPE, as in GPT-2).
     The course encodes with a dictionary, {char: id for id, char in enumerate(chars)}. Here an array
     does the same, because it can be asked for a whole text at once. In Unicode, the table of all
-    characters, "h" is number 104 and "i" is 105: so code_to_id[[104, 105]] has the ids of both.
+    characters, "h" is number 104 and "i" is 105. code_to_id[[104, 105]] is an array of their ids.
     ValueError if there are more than 65,536 different characters, as ids have 16 bits."""
 
     def __init__(self, chars):
@@ -86,7 +87,8 @@ class CharTokenizer:
         self.end = self.chars.index(END)
         self.unk = self.chars.index(UNK)
         # A place for each character of Unicode, all unknown at first. Then those that are known.
-        self.code_to_id = np.full(sys.maxunicode + 1, self.unk, np.uint16)
+        places = sys.maxunicode + 1
+        self.code_to_id = np.full(places, self.unk, np.uint16)
         for id, char in enumerate(self.chars):
             self.code_to_id[ord(char)] = id
 
@@ -104,10 +106,10 @@ def load_data(config, chars=""):
     The first 90 % are to train on, the last 10 % to validate on. An exam needs questions that were
     not in the homework: if they were, learning by heart would look like learning.
     Without config.data, the text is the documentation that comes with Python.
-    chars: empty for a new model, which takes its vocabulary from the text; else the vocabulary of
-    the model that is to train on. Ids are arrays of uint16. ValueError if the corpus is too short
-    or damaged, OSError if it cannot be read.
-    (The functions that this calls are in part two. Their names say what they do.)"""
+    chars: the vocabulary of the model, if it has been trained before; a new one takes it from the
+    text. Ids are arrays of uint16. ValueError if the corpus is too short or damaged, OSError if it
+    cannot be read.
+    (What matters here is the part behind "else". The functions that are called are in part two.)"""
     kind = kind_of(config.data)
     if kind == "prepared folder":
         splits, tokenizer = open_prepared(config.data)  # from prepare_owt.py: larger than memory
@@ -131,18 +133,19 @@ def load_data(config, chars=""):
 def get_batch(data, config, starts):
     """Blocks of text, and for each character the one that follows it: (x, y), int64 (B, T).
     A block of T characters holds T examples, one for each beginning: after "h" comes "e", after
-    "he" comes "l". A batch is B blocks, stacked, because a GPU works on all of them at once. starts
-    says where they begin: at random places, so that a batch is a fair sample of the text.
+    "he" comes "l". A batch is B blocks, stacked, because a GPU works on all of them at once. In
+    training, starts are random places, so that a batch is a fair sample of the text.
     Both results are tensors, which are arrays of numbers with a shape, a type (dtype), and a device
-    that holds them. Ids are int64, because the loss asks for it. Types must agree: an error about
+    that holds them. Ids are int64, as PyTorch wants them. Types must agree: an error about
     Long and Float says that integers met decimal numbers. If shapes do not fit, print(x.shape) is
-    the first thing to try."""
+    the first thing to try.
+    starts: B places in data, an array of integers."""
     length = config.block_size + 1
     blocks = [data[start : start + length] for start in starts]
     blocks = np.stack(blocks).astype(np.int64)  # (B, T + 1)
     blocks = torch.from_numpy(blocks)
     if config.device == "cuda":
-        blocks = blocks.pin_memory()  # only for speed: the GPU fetches them while Python goes on
+        blocks = blocks.pin_memory()  # for speed: the GPU fetches them itself, while Python goes on
     blocks = blocks.to(config.device, non_blocking=True)
     x = blocks[:, :-1]                          # all but the last character of each block
     y = blocks[:, 1:]                           # all but the first
@@ -174,9 +177,9 @@ class Head(nn.Module):
         # (T, T), the score of each query with each key. The inner sizes, D and D, must agree. This
         # is done for each text and each head by itself.
         scores = q @ k.transpose(-2, -1)                          # (B, H, T, T)
-        # A dot product is a sum of D numbers. Some are positive and some negative, so that they
-        # partly cancel, and the sum grows only like sqrt(D). With large scores, one character would
-        # get nearly the whole share, and the others no say.
+        # A dot product is a sum of D numbers, positive and negative. Such sums are about sqrt(D)
+        # large, as D steps left or right at random lead about sqrt(D) far away. With large scores,
+        # one character would get nearly the whole share, and the others no say.
         scores = scores / math.sqrt(D)
         # A character sees itself and those before it. What comes later is hidden, because the model
         # shall learn to predict it. tril keeps the lower triangle of a table of True. (The course
@@ -189,9 +192,9 @@ class Head(nn.Module):
         return shares @ v                                         # (B, H, T, D)
 
     def forward(self, q, k, v):
-        # PyTorch does all of this in one call, which is faster. is_causal means the mask. When the
-        # model writes, only its newest character is read: a single query, which may see all, so it
-        # needs no mask. (bool is for torch.export, where a shape does not consist of numbers.)
+        # PyTorch does all of this in one call, which is faster. is_causal means the mask. While the
+        # model writes, it reads one new character at a time: a single query, which may see all that
+        # came before, so it needs no mask. (torch.export needs the bool.)
         several = bool(q.shape[-2] > 1)
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=several)
 
@@ -209,8 +212,8 @@ class MultiHeadAttention(nn.Module):
         self.n_head = config.n_head
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)  # no bias in the course
         self.head = Head()
-        self.proj = nn.Linear(config.n_embd, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
+        self.proj = nn.Linear(config.n_embd, config.n_embd)  # mixes what the heads have found
+        self.dropout = nn.Dropout(config.dropout)            # see FeedForward
 
     def forward(self, x, cache=None):
         B, T, C = x.shape
@@ -225,7 +228,7 @@ class MultiHeadAttention(nn.Module):
         v = v.view(B, T, H, D).transpose(1, 2)
         # Only when the model writes is there a cache. Then x has just the newest character, and the
         # keys and values of those before it are in the cache (GPT.stream says why they may stay
-        # there). It is a dictionary, and its keys are the modules: {module: (keys, values)}.
+        # there). It is a dictionary with an entry for each such module: {module: (keys, values)}.
         if cache is not None:
             if self in cache:
                 old_k, old_v = cache[self]
@@ -233,7 +236,8 @@ class MultiHeadAttention(nn.Module):
                 v = torch.cat((old_v, v), dim=2)
             cache[self] = (k, v)
         x = self.head(q, k, v)                       # (B, H, T, D)
-        x = x.transpose(1, 2).reshape(B, T, C)       # heads side by side again (view cannot)
+        # Heads side by side again. (reshape, since view works only until numbers are transposed.)
+        x = x.transpose(1, 2).reshape(B, T, C)
         return self.dropout(self.proj(x))
 
 
@@ -241,7 +245,7 @@ class FeedForward(nn.Sequential):
     """Linear, ReLU, Linear: each character thinks about what it has seen. (B, T, C) -> (B, T, C),
     with 4 C in between, as is custom. A Sequential runs its modules one after the other.
     ReLU makes negative numbers 0. Without it, the two Linears could do no more than one alone,
-    since a matrix times a matrix is just another matrix. (Other such functions are sigmoid and
+    since A(Bx) = (AB)x, and AB is just another matrix. (Other such functions are sigmoid and
     tanh, which older networks used.) Dropout sets random activations, numbers on their way through
     the model, to 0 in training: so the model learns not to depend on any single one."""
 
@@ -258,9 +262,10 @@ class Block(nn.Module):
     nothing is forgotten on the way through many layers. A norm follows each sum. It shifts and
     scales the C numbers of each character, so that their mean is 0 and their variance 1: otherwise
     they would grow from sum to sum.
-    The norm comes after the sum (post-norm), as in the course; GPT-2 puts it before attention and
-    before feed-forward (pre-norm). The first Transformer had two halves, to translate: an encoder
-    read one language, a decoder wrote the other. This is the decoder alone."""
+    The norm comes after the sum (post-norm), as in the course. GPT-2 puts it before attention and
+    before feed-forward (pre-norm), which makes models of many layers easier to train.
+    The first Transformer had two halves, to translate: an encoder read one language, a decoder
+    wrote the other. This is the decoder alone."""
 
     def __init__(self, config):
         super().__init__()
@@ -291,10 +296,10 @@ class GPT(nn.Module):
         for _ in range(config.n_layer):
             self.blocks.append(Block(config))
         self.norm = nn.LayerNorm(config.n_embd)  # as in the course, though each block ends with one
-        self.lm_head = nn.Linear(config.n_embd, vocab_size)
+        self.lm_head = nn.Linear(config.n_embd, vocab_size)  # lm: language model
         # All numbers in matrices and tables start at random, N(0, 0.02): with mean 0, and mostly
-        # between -0.04 and 0.04. If they were equal, all would learn the same; if they were large,
-        # what passes through the layers would grow and grow.
+        # between -0.04 and 0.04. If they were equal, they would be changed alike and stay equal; if
+        # they were large, what passes through the layers would grow and grow.
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -305,10 +310,11 @@ class GPT(nn.Module):
     def forward(self, index, targets=None, cache=None, start=0):
         """Ids -> (logits, loss). index and targets are the x and y of get_batch, int64 (B, T).
         Logits are scores, (B, T, V): softmax makes shares of them, the model's guesses. The loss
-        measures how wrong they are: the mean of -ln(share of the character that came), which is 0
-        for a share of 1 and large for a small one. It is called cross-entropy, or negative log
-        likelihood. Before training, all of V characters get about the same share, 1/V, so the loss
-        is -ln(1/V) = ln V: 4.38 for 80 characters. Without targets, it is None.
+        measures how wrong they are: the mean of -ln(share of the character that came). That is 0
+        for a share of 1, and grows as the share gets smaller. It is called cross-entropy, or
+        negative log likelihood. Before training, scores are about equal, so each of V characters
+        gets a share of 1/V, and the loss is -ln(1/V) = ln V: 4.38 for 80 characters. Without
+        targets, it is None.
         (Mean squared error, another loss, is for predicting quantities.)
         cache and start, the position of the first character, are for stream, below. ValueError if
         a text is longer than block_size."""
@@ -323,22 +329,23 @@ class GPT(nn.Module):
         logits = self.lm_head(self.norm(x))                        # (B, T, C) -> (B, T, V)
         if targets is None:
             return logits, None
-        # cross_entropy wants all characters of the batch in one row: B * T of them. float: with
-        # dtype bfloat16, logits have 16 bits, which are too few for the loss.
+        # cross_entropy wants all characters of the batch in one row: B * T of them. float() is for
+        # dtype bfloat16: then logits have 16 bits, which are too few for the loss.
         scores = logits.flatten(0, 1).float()                      # (B*T, V)
         loss = nn.functional.cross_entropy(scores, targets.flatten())
         return logits, loss
 
-    @torch.inference_mode()  # keeps nothing that only training needs: it saves memory and time
+    @torch.inference_mode()  # PyTorch keeps nothing for backward, which only training needs
     def stream(self, index, max_new_tokens, temperature=1.0, top_k=None):
         """Continues a text: yields one new character after the other, (B, 1).
         index: the ids of the text, int64 (B, T), with T >= 1. temperature and top_k: see draw.
-        Only the newest character has to be read each time. cache keeps the keys and values of those
-        before it, and they stay valid: a character sees only what comes before it, so nothing that
-        is written later can change what it knows.
+        First the whole text is read, then each time only the newest character. cache keeps the keys
+        and values of those before it, and they stay valid: a character sees only what comes before
+        it, so nothing that is written later can change what it knows.
         The model sees block_size characters. When the text is longer, only its last half is kept.
-        Then each character has a new position, and with it a new key and value. So cache starts
-        again, empty, and the half is read anew, once in block_size / 2 characters."""
+        Its characters now have other positions, counted from 0, so their keys and values are not
+        the same. So cache is emptied, and the half is read as a text of its own. This happens once
+        in block_size / 2 characters."""
         index = index[:, -self.config.block_size:]            # crop to what the model can see
         cache = {}
         start = 0                                             # position of the first one to read
@@ -375,7 +382,8 @@ def draw(logits, temperature=1.0, top_k=None):
         ids = shares.argsort(dim=-1, descending=True, stable=True)
         others = ids[:, top_k:]
         shares = shares.scatter(-1, others, 0.0)  # writes 0.0 in the places of the others
-    return torch.multinomial(shares, 1)  # each is drawn as often as its share says
+    # Draws one id, each with the chance that its share says. (They need not add up to 1.)
+    return torch.multinomial(shares, 1)
 
 
 # -------------------------------- learning ------------------------------------------------------
@@ -385,7 +393,7 @@ def autocast(config):
     return torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
-@torch.no_grad()  # an older way to say inference_mode
+@torch.no_grad()  # does the same as inference_mode, which is newer
 def estimate_loss(model, splits, config):
     """The mean loss of each split, over eval_iters batches: {"train": float, "val": float}.
     The batches are spread evenly over the split, and are the same every time, so that evaluations
@@ -400,7 +408,7 @@ def estimate_loss(model, splits, config):
         last = len(data) - config.block_size - 1
         places = np.linspace(0, last, config.eval_iters * config.batch_size, dtype=np.int64)
         losses = []
-        for starts in places.reshape(config.eval_iters, config.batch_size):
+        for starts in places.reshape(config.eval_iters, config.batch_size):  # a row for each batch
             x, y = get_batch(data, config, starts)
             with autocast(config):
                 _, loss = model(x, y)
@@ -413,18 +421,18 @@ def estimate_loss(model, splits, config):
 def make_optimizers(model, config):
     """What moves the weights (another word for parameters): a list, [AdamW] or [AdamW, Muon].
     The gradient of a weight says how much the loss grows if that weight grows a little. So each
-    weight is moved the other way: gradient descent. Adam (Kingma and Ba 2014) keeps two averages
-    for each weight:
+    weight is moved the other way, which is called gradient descent. Adam (Kingma and Ba 2014) keeps
+    two averages for each weight:
         average = 0.9 * average + 0.1 * gradient         (momentum, against the noise of batches)
         square = 0.99 * square + 0.01 * gradient ** 2    (from an older optimizer, RMSprop)
         weight = weight - learning_rate * average / sqrt(square)
     If a gradient is always 5, it moves its weight by learning_rate * 5 / 5. If it is always 0.005,
     that is learning_rate * 0.005 / 0.005, which is the same: weights with small gradients learn as
-    fast as others. The W (Loshchilov and Hutter 2017) is for weight decay: besides, each step makes
-    all matrices a little smaller. A model needs large weights to treat texts differently that are
-    almost the same, as it must if it learns by heart."""
+    fast as others. The W (Loshchilov and Hutter 2017) is for weight decay: each step also makes all
+    matrices a little smaller. Learning by heart means to treat texts differently that are almost
+    the same, and only large weights turn small differences into large ones."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms do not decay
+    vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms multiply no inputs
     muon = []
     if config.optimizer == "muon":  # another optimizer, for some of the matrices: see part two
         matrices, muon = make_muon(model, matrices, config)
@@ -438,7 +446,7 @@ def make_optimizers(model, config):
 def learning_rate(step, config):
     """How far a step moves the weights. If it is too far, they overshoot; if it is too short,
     learning takes for ever. The rate climbs during the first steps (warm-up), while the averages of
-    AdamW are still guesses, and then falls in a line to 0, so that the weights settle.
+    AdamW are made of few gradients, and then falls in a line to 0, so that the weights settle.
     To find a good rate, try some, each 3 times the last, and compare the losses."""
     warmup = min(config.warmup_iters, config.max_iters // 2)  # in a short run, half of it
     if step < warmup:
@@ -456,7 +464,7 @@ def training_step(model, optimizers, batches, config, step):
     this is gradient accumulation, for a batch that is too large for the memory."""
     total = 0.0
     for seed, x, y in batches:
-        torch.manual_seed(seed)  # for dropout: so a step that was lost can be repeated exactly
+        torch.manual_seed(seed)  # for dropout: so a step can be done again with the same result
         with autocast(config):
             _, loss = model(x, y)
         loss = loss / len(batches)  # so that they add up to the mean, as in one large batch
@@ -469,8 +477,8 @@ def training_step(model, optimizers, batches, config, step):
         nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
     rate = learning_rate(step, config)
     for optimizer in optimizers:
-        for group in optimizer.param_groups:  # the groups of make_optimizers
-            group["lr"] = rate
+        for group in optimizer.param_groups:  # the groups of make_optimizers, in which
+            group["lr"] = rate                # PyTorch keeps the learning rate, too
         optimizer.step()       # moves the weights
         optimizer.zero_grad()  # backward adds to the gradients that are there, so they are removed
     return total
@@ -531,17 +539,17 @@ def do_steps(run):
     """The loop, with a bar that shows how far it has come (tqdm)."""
     config = run.config
     characters = config.batch_size * config.grad_accum * config.block_size  # in each step
-    # unit_scale: each step counts as that many characters. disable=None: a bar in a terminal only.
+    # The bar counts steps and shows characters (unit_scale), but only in a terminal (disable=None).
     with tqdm(total=config.max_iters, initial=run.step, unit="char", unit_scale=characters,
               dynamic_ncols=True, file=sys.stdout, disable=None) as bar:
         while run.step < config.max_iters:
             if run.evaluation_is_due():
                 run.evaluate()
             batches = list(draw_batches(run.splits["train"], config, run.step))
-            # fast_model has the weights of model, but may be compiled to faster code.
+            # fast_model is run.model, or faster code for it, which uses the same weights.
             loss = training_step(run.fast_model, run.optimizers, batches, config, run.step)
             run.step += 1
-            if STOP:
+            if STOP:  # Ctrl-C: the weights as they are now are saved
                 run.save()
                 return
             bar.update()
@@ -557,9 +565,9 @@ def draw_batches(data, config, step):
     is the same when a step is repeated, and however many processes there are."""
     rng = np.random.default_rng((config.seed, step))  # random numbers that follow from both
     size = (config.grad_accum, config.batch_size)
-    starts = rng.integers(0, len(data) - config.block_size, size)
+    starts = rng.integers(0, len(data) - config.block_size, size)  # a row for each batch
     seeds = rng.integers(0, 2**62, config.grad_accum)
-    for number in range(RANK, config.grad_accum, WORLD):
+    for number in range(RANK, config.grad_accum, WORLD):  # from RANK on, every WORLD-th
         x, y = get_batch(data, config, starts[number])
         yield int(seeds[number]), x, y
 
@@ -619,8 +627,8 @@ class Run:
 
     def best_step(self):
         """The step with the best weights: the one with the lowest val, except step 0, where nothing
-        was learned yet. For pairs it is the latest step. Their val is about questions that the
-        model has never seen, so it does not say how well the model knows those that it has."""
+        was learned yet. For pairs it is the latest step: there, val is the loss on questions that
+        the model has never seen, and says nothing about those that it is to learn."""
         vals = {step: losses["val"] for step, losses in self.losses.items() if step > 0}
         if kind_of(self.config.data) == "pairs" or not vals:
             return self.step
@@ -636,14 +644,14 @@ class Run:
             raise ValueError(f"step {self.step}: a weight is no longer a number, so this was not "
                              "saved: lower --learning_rate")
         if self.best_step() == self.step:
-            # Copies, since the next step changes the weights in place.
+            # Copies, since the next steps change the weights themselves.
             self.best = {name: tensor.clone() for name, tensor in weights.items()}
         if RANK > 0:  # only process 0 writes
             return
         if self.is_new and os.path.exists(config.out):
             raise OSError(f"{config.out} was made by another run since this one began, so it is "
                           "left alone: name another --out")
-        # What each optimizer remembers of the weights. Its settings are in config already.
+        # What each optimizer remembers, such as AdamW's averages. Its settings are in config.
         kept = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
         save_checkpoint(config.out, dict(
             config=asdict(config), chars=self.tokenizer.chars, corpus=self.corpus,
@@ -688,14 +696,13 @@ class Run:
 
 
 # -------------------------------- settings ------------------------------------------------------
-# A setting has the value that the user gives. If none is given, it comes from the checkpoint: for
-# fine-tuning, these settings, which describe the model and can never change;
+# A setting that the user does not give comes from the checkpoint, or else from the defaults.
+# These settings describe the model. Fine-tuning takes them from the checkpoint, and no others.
 ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer")
-# for a run that carries on, all settings but these, as the run may have moved to another machine.
+# A run that carries on takes all settings from the checkpoint but these: its machine may be new.
 OF_THE_MACHINE = ("out", "device", "dtype", "compile")
-# If none is there either, it is the device's default. While a run carries on, the user may change
-# OF_THE_MACHINE and these, but no others. (data may be another path to the same text.)
-MAY_CHANGE = (*OF_THE_MACHINE, "data", "max_iters", "eval_interval", "eval_iters")
+# These may be given anew when a run carries on. (data may be another path to the same text.)
+MAY_CHANGE = OF_THE_MACHINE + ("data", "max_iters", "eval_interval", "eval_iters")
 CHOICES = {"optimizer": ("adamw", "muon"),
            "device": ("cpu", "cuda", "mps"),
            "dtype": ("float32", "bfloat16")}
@@ -711,9 +718,10 @@ def check(config):
         name = field.name
         value = getattr(config, name)
         if field.type is float and type(value) is int:
-            value = float(value)  # 1 will do for 1.0, here and below
+            value = float(value)  # 1 will do for 1.0
         if type(value) is not field.type:
-            raise ValueError(f"{name} must be of type {field.type.__name__}, not {value!r}")
+            kind = field.type.__name__
+            raise ValueError(f"{name} must be of type {kind}, not {value!r}")
         if name in CHOICES and value not in CHOICES[name]:
             choices = " or ".join(CHOICES[name])
             raise ValueError(f"{name} must be {choices}, not {value!r}")
@@ -730,12 +738,13 @@ def defaults_for(device):
     settings = dict(batch_size=64, block_size=256, n_embd=384, n_head=8, n_layer=8, dropout=0.3,
                     weight_decay=0.5, learning_rate=2e-3, warmup_iters=200, max_iters=600,
                     eval_interval=100, eval_iters=20)
-    # Older GPUs have no bfloat16, and only emulate it, which is slow.
+    # Older GPUs have no bfloat16. PyTorch can emulate it there, but that is slow.
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
         settings["dtype"] = "bfloat16"
-    # torch.compile needs a C compiler, which is rare on Windows. (CC may say which one to use.)
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    settings["compile"] = sys.platform == "linux" and compiler is not None
+    # torch.compile needs a C compiler, which is rare on Windows. CC may hold the name of one.
+    name = os.environ.get("CC", "cc")
+    found = shutil.which(name) is not None
+    settings["compile"] = sys.platform == "linux" and found
     return settings
 
 
@@ -746,9 +755,9 @@ def choose_settings(given):
     config = Config(**given)  # a first one, to know which files and which device are meant
     out = config.out
     if not out:
-        path = os.path.abspath(config.data or "model")  # so that the folder "." has a name, too
-        out = Path(path).stem + ".pkl"                  # book.txt gives book.pkl
-    folder = os.path.dirname(os.path.realpath(out))
+        source = os.path.abspath(config.data or "model")  # so that the folder "." has a name, too
+        out = Path(source).stem + ".pkl"                  # book.txt gives book.pkl
+    folder = os.path.dirname(os.path.realpath(out))  # realpath: out may be a link to a file
     if RANK == 0 and not os.path.isdir(folder):
         raise ValueError(f"{out} cannot be saved: there is no folder {folder}")
     saved = find_checkpoint(out)
@@ -778,13 +787,15 @@ def choose_settings(given):
 def refuse_changes(path, saved, config, taken_over):
     """No flag may be ignored in silence, and none may spoil a trained model: ValueError names a
     setting that must stay as it is in the checkpoint."""
+    if not saved:
+        return
+    before = saved["config"]
     after = asdict(config)
-    before = saved.get("config", after)
     may_change = MAY_CHANGE
     texts_before = before["batch_size"] * before["grad_accum"]
     texts_after = after["batch_size"] * after["grad_accum"]
     if texts_before == texts_after:  # a step has as many texts, only divided in another way
-        may_change += ("batch_size", "grad_accum")
+        may_change = may_change + ("batch_size", "grad_accum")
     for name in taken_over:
         changed = before[name] != after[name]
         if changed and name not in may_change:
@@ -800,7 +811,7 @@ def find_checkpoint(path):
     if RANK == 0 and os.path.exists(path):
         saved = load_checkpoint(path)
     if WORLD > 1:
-        parcel = [saved]  # process 0 sends it, and all others find it in theirs
+        parcel = [saved]  # process 0 sends what is in it; in the others, it is filled with that
         torch.distributed.broadcast_object_list(parcel, device=torch.device("cpu"))
         saved = parcel[0]
     return saved
@@ -819,7 +830,7 @@ def save_checkpoint(path, checkpoint):
             file.flush()             # from Python to the system,
             os.fsync(file.fileno())  # and from the system to the disk
         temporary.replace(path)
-    except (OSError, RuntimeError) as error:  # a full disk is an OSError, but not to torch.save
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: not saved, the file is as it was: {error}")
 
@@ -848,11 +859,11 @@ def load_checkpoint(path):
 
 
 def check_parts(file):
-    """A zip has a checksum for each of its parts, a number that no longer fits if the part is
+    """A zip has a checksum for each part, a file in it: a number that no longer fits if the part is
     damaged. torch.load does not look at it, so a damaged weight would pass for a good one."""
     with zipfile.ZipFile(file) as parts:
         damaged = parts.testzip()
-        # The parts also have attributes, without a checksum. In a good file, all are 0.
+        # Attributes (on other zips, file permissions) have no checksum. torch.save leaves them 0.
         attributes = [part.external_attr for part in parts.infolist()]
     if damaged or any(attributes):
         raise ValueError("damaged")
@@ -897,7 +908,7 @@ def restore(optimizers, states, path):
         for optimizer, state in zip(optimizers, states, strict=True):
             whole = optimizer.state_dict()  # its settings ("param_groups") and its "state"
             whole["state"] = state
-            optimizer.load_state_dict(whole)
+            optimizer.load_state_dict(whole)  # in optimizer.state, weights stand for their numbers
             for weight, kept in optimizer.state.items():
                 check_kept(kept, weight)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -906,11 +917,11 @@ def restore(optimizers, states, path):
 
 def check_kept(kept, weight):
     """kept: {name: tensor}. "step", which counts steps, is a single number; all else has the
-    weight's shape, with its numbers in order (contiguous)."""
+    weight's shape, with the numbers next to each other in memory (contiguous)."""
     for name, tensor in kept.items():
         shape = weight.shape
         if name == "step":
-            shape = ()
+            shape = ()  # a single number has no dimensions
         if tensor.shape != shape or not tensor.is_contiguous():
             raise ValueError(name)
 
@@ -968,7 +979,7 @@ def list_texts(path):
 def read_documents(names):
     """Yields the texts of list_texts in pieces, with END behind each."""
     if not names:
-        from pydoc_data.topics import topics  # a dictionary of texts, part of Python
+        from pydoc_data.topics import topics  # a dictionary of texts that comes with Python
         for text in topics.values():
             yield clean(text) + END
     for name in names:
@@ -977,8 +988,8 @@ def read_documents(names):
         yield END
 
 
-# What shows that a file is no text: a NUL; and the codes from U+DC80 to U+DCFF, which are not used
-# for characters, so that Python can decode to them what it cannot decode (surrogateescape).
+# What shows that a file is no text: a NUL, or a byte that cannot be decoded. For such bytes, Python
+# has 128 codes that are used for nothing else (errors="surrogateescape").
 NOT_TEXT = re.compile("[\\0\udc80-\udcff]")
 
 
@@ -1018,14 +1029,14 @@ def clean(text):
 
 def codes_of(text):
     """A text -> the number of each character in Unicode, an array of uint32: "hi" is 104, 105."""
-    # surrogatepass: a text from JSON may hold half of a character, which shall not be an error.
+    # surrogatepass: no error, whatever is in the text
     data = text.encode("utf-32-le", "surrogatepass")  # each number in 4 bytes
     return np.frombuffer(data, np.uint32)             # the same 4 bytes, as an array of numbers
 
 
 def tokenizer_for(found, chars):
-    """The tokenizer for a text with the characters found. If there is a model already, chars is its
-    vocabulary: it reads all other characters as UNK, so they are printed."""
+    """The tokenizer for a text in which these characters were found. If chars is not empty, it is
+    the vocabulary of a model, which reads all other characters as UNK. A line says which."""
     unknown = sorted(set(found) - set(chars))
     if chars and unknown:
         share = f"{len(unknown):,} of {len(found):,} different characters"
@@ -1063,7 +1074,7 @@ def load_pairs(config, chars):
     rng = random.Random(config.seed)
     splits = {}
     for name, part in (("train", pairs[:cut]), ("val", pairs[cut:])):
-        once = sum(len(pair) for pair in part)  # characters, at least one for each END
+        once = sum(len(pair) for pair in part)  # characters (never 0, as each pair has an END)
         pieces = []
         for _ in range(math.ceil(1e6 / once)):
             rng.shuffle(part)
@@ -1099,7 +1110,8 @@ def parse_pair(line):
     prompts = [name for name in PROMPTS if name in pair]
     answers = [name for name in ANSWERS if name in pair]
     if not prompts or not answers:
-        raise ValueError(f"no prompt and completion; its names are: {', '.join(pair) or 'none'}")
+        found = ", ".join(pair) or "none"
+        raise ValueError(f"no prompt and completion; its names are: {found}")
     names = [prompts[0], answers[0]]
     if pair.get(INPUT):
         names.insert(1, INPUT)
@@ -1123,10 +1135,9 @@ def open_prepared(folder):
         for name in ("train", "val"):
             splits[name] = np.memmap(folder / f"{name}.bin", np.uint16, "r")  # r: read only
         found = [zlib.crc32(vocabulary), len(splits["train"]), len(splits["val"])]
-        expected = [corpus["checksum"], corpus["train"], corpus["val"]]
+        if found != [corpus["checksum"], corpus["train"], corpus["val"]]:
+            raise ValueError("other files")
     except (ValueError, TypeError, KeyError):
-        found = expected = None
-    if found is None or found != expected:
         raise ValueError(f"{folder}: its files are damaged or do not belong together; run "
                          "prepare_owt.py again")
     return splits, CharTokenizer(json.loads(vocabulary))
@@ -1167,8 +1178,8 @@ def build(config, vocab_size):
     if config.compile:
         mode = "default"
         # Python is often too slow to tell a GPU what to do next. In this mode, the GPU records all
-        # that it does for a batch and then repeats it (a CUDA graph). It writes to the same places
-        # each time, so gradients do not add up, and a step must have a single batch.
+        # that it does for a batch, and then repeats it without Python (a CUDA graph). But the
+        # gradients of a second batch would overwrite those of the first: so it is for single ones.
         if config.device == "cuda" and config.grad_accum == 1:
             mode = "reduce-overhead"
         fast_model = torch.compile(model, mode=mode)
@@ -1182,7 +1193,8 @@ def prepare_device(config):
     be on the same device.
     (A GPU adds up numbers in the order in which its threads finish, so that the last digits differ
     from run to run. The README says how to make them equal.)"""
-    if not getattr(torch, config.device).is_available():  # torch.cuda, torch.cpu or torch.mps
+    module = getattr(torch, config.device)  # torch.cuda, torch.cpu or torch.mps
+    if not module.is_available():
         raise ValueError(f"device {config.device}: this machine, or its torch, has none")
     if config.device != "cuda":
         return
@@ -1190,7 +1202,7 @@ def prepare_device(config):
         raise ValueError(f"process {LOCAL_RANK + 1} of this machine has no GPU: there are "
                          f"{torch.cuda.device_count()}, so lower --nproc_per_node")
     torch.cuda.set_device(LOCAL_RANK)
-    torch.set_float32_matmul_precision("high")  # float32 with fewer digits, but far faster
+    torch.set_float32_matmul_precision("high")  # below "highest": fewer digits, but far faster
     # PyTorch has several ways to compute attention (sdp). That of NVIDIA's library cuDNN has to get
     # ready for each length of text, and a text that is being written is longer each time.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -1206,9 +1218,9 @@ def join_processes():
     if torch.cuda.is_available():
         backends = "cpu:gloo,cuda:nccl"
     torch.distributed.init_process_group(backends)
-    atexit.register(torch.distributed.destroy_process_group)
+    atexit.register(torch.distributed.destroy_process_group)  # to be called when Python ends
     if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # print writes to nowhere
 
 
 def average_gradients(model):
@@ -1220,7 +1232,7 @@ def average_gradients(model):
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     vector = nn.utils.parameters_to_vector(gradients)
     torch.distributed.all_reduce(vector)  # now vector is the sum over all processes
-    nn.utils.vector_to_parameters(vector / WORLD, gradients)  # and back into the gradients
+    nn.utils.vector_to_parameters(vector / WORLD, gradients)  # overwrites the gradients
 
 
 def is_out_of_memory(error):
@@ -1247,7 +1259,7 @@ def explain(error, config):
 
 def make_muon(model, matrices, config):
     """Returns (the matrices that are left to AdamW, [Muon] for those of the blocks)."""
-    inside = set(model.blocks.parameters())  # a set compares them by identity, not by value
+    inside = set(model.blocks.parameters())  # (in a list, "in" would compare number by number)
     for_muon = [p for p in matrices if p in inside]
     for_adamw = [p for p in matrices if p not in inside]
     return for_adamw, [Muon(for_muon, config)]
@@ -1255,11 +1267,12 @@ def make_muon(model, matrices, config):
 
 class Muon(torch.optim.Optimizer):
     """An optimizer for matrices that often needs fewer steps than AdamW (Jordan 2024).
-    AdamW treats each number of a matrix by itself; Muon treats the matrix as a whole. A gradient
-    consists of patterns: some are strong, as many examples agree on them, and many are weak. Muon
-    makes all of them about equally strong before it moves the weights (see equalize), so that what
-    is rare is learned as fast as what is frequent. Against noise, it first averages the gradients
-    of some twenty steps. Its steps are as large as AdamW's, so one learning rate serves both."""
+    AdamW treats each number of a matrix by itself, Muon the matrix as a whole. Every matrix is a
+    sum of patterns, each of them a column times a row with a strength in front, for example
+    0.9 * [[1], [2]] @ [[3, 4]]. In a gradient, a few patterns are strong, as many examples agree on
+    them, and most are weak. Muon makes all of them about equally strong (see equalize), so that
+    what is rare is learned as fast as what is frequent. Before that, it averages the gradients of
+    some twenty steps, against noise. Its steps are as large as AdamW's: one rate serves both."""
 
     def __init__(self, matrices, config):
         self.config = config
@@ -1283,13 +1296,13 @@ class Muon(torch.optim.Optimizer):
                 if not kept:
                     kept["momentum_buffer"] = torch.zeros_like(weight)
                 average = kept["momentum_buffer"]
-                average.lerp_(weight.grad, 0.05)         # 0.95 * average + 0.05 * gradient
-                move = weight.grad.lerp(average, 0.95)   # 0.95 * average + 0.05 * gradient, again:
-                moves.append(move)                       # this is called Nesterov's momentum
-            with autocast(self.config):
+                average.lerp_(weight.grad, 0.05)  # average = 0.95 * average + 0.05 * gradient
+                # The same once more, so that the newest gradient counts a little more (Nesterov).
+                moves.append(weight.grad.lerp(average, 0.95))
+            with autocast(self.config):  # for speed, and 16 bits are enough
                 moves = equalize(torch.stack(moves))
-            # AdamW moves a weight by about 0.2 * rate. The numbers from equalize are about
-            # 1 / sqrt(max(shape)), so this makes the steps as large.
+            # The numbers from equalize are about 1 / sqrt(max(shape)). This makes them about 0.2,
+            # which was found to be how far AdamW moves weights, on average (Liu et al. 2025).
             size = 0.2 * math.sqrt(max(shape))
             for weight, move in zip(weights, moves):
                 weight.mul_(1 - decay)
@@ -1297,15 +1310,15 @@ class Muon(torch.optim.Optimizer):
 
 
 def equalize(x):
-    """Makes the patterns in matrices, (n, rows, columns), about equally strong.
-    Take a matrix with 0.9 and 0.1 on its diagonal and 0 elsewhere: it has a strong pattern and a
-    weak one. The product of two such matrices has the products of these numbers on its diagonal.
-    So one round of the loop below replaces each number f by
+    """Makes the patterns in matrices, (n, rows, columns), about equally strong (see Muon).
+    Take a matrix with 0.9 and 0.1 on its diagonal and 0 elsewhere: these are the strengths of its
+    two patterns. The product of two such matrices has the products of these numbers on its
+    diagonal. So one round of the loop below replaces each number f by
         3.4445 * f - 4.7750 * f ** 3 + 2.0315 * f ** 5
     which makes 0.82 of 0.9, and 0.34 of 0.1. After five rounds, both are between 0.68 and 1.14, and
-    so is all that began above 0.01. The same happens to the patterns of any other matrix (its
-    singular values), which is not shown here. Jordan found these three numbers by experiment; the
-    method is called a Newton-Schulz iteration."""
+    so is all that began above 0.01. It works for every other matrix, too: this one has to take on
+    trust, or look up under singular values. (Jordan found the three numbers by experiment. Such a
+    loop is called a Newton-Schulz iteration.)"""
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT  # rows become columns: so the products below are smaller
@@ -1315,7 +1328,7 @@ def equalize(x):
     one = torch.eye(x.shape[1], device=x.device)  # one @ x is x
     for _ in range(5):
         square = x @ x.mT
-        x = (3.4445 * one - 4.7750 * square + 2.0315 * square @ square) @ x
+        x = (3.4445 * one - 4.7750 * square + 2.0315 * (square @ square)) @ x
     if is_tall:
         x = x.mT
     return x
@@ -1388,7 +1401,7 @@ def measure(config, data, vocab_size):
         loss.item()  # waits for the GPU, which is otherwise still at work here
         seconds.append(time.perf_counter() - start)
     characters = config.batch_size * config.grad_accum * config.block_size
-    return characters / min(seconds)
+    return characters / min(seconds)  # other programs can only slow a step down
 
 
 # -------------------------------- the command line ----------------------------------------------
@@ -1421,7 +1434,7 @@ def make_parser():
                     usage="python gpt.py [--data book.txt] [--max_iters 500] ...",
                     argument_default=argparse.SUPPRESS)  # flags that are not given are left out
     comments = {}
-    for line in inspect.getsource(Config).splitlines():  # "    seed: int = 1337   # where the ..."
+    for line in inspect.getsource(Config).splitlines():  # such as: "    data: str = ""  # text ..."
         code, _, comment = line.partition("  # ")
         name = code.split(":")[0].strip()
         comments[name] = comment
@@ -1464,6 +1477,6 @@ def set_up_streams():
 
 if __name__ == "__main__":
     set_up_streams()
-    if WORLD == 1 and "--tune" not in sys.argv:  # several processes and --tune just end
+    if WORLD == 1 and "--tune" not in sys.argv:  # these end at once, and nothing is saved
         catch_signals()
     main()
