@@ -58,7 +58,7 @@ def check(flags):
 def prepare_folder(flags):
     """Makes the folder --out, prepares in it, and returns what its corpus.json says. That file is
     written last: gpt.py takes no folder without it, so nobody trains on half a corpus."""
-    not_read = Counter()  # of each kind of file that is passed over, how many there are
+    not_read = Counter()  # {kind: how many}, since nothing is passed over in silence
     files = find_files(flags.sources, not_read)
     flags.out.mkdir(parents=True)
     try:
@@ -104,7 +104,7 @@ def prepare(files, flags, not_read):
         second_pass(texts, tokenizer, flags.out, pool)
     train, val = split(flags.out, tokenizer, flags.val_fraction)
     total = train + val
-    known = sum(counts[char] for char in kept - {gpt.UNK})
+    known = sum(counts[char] for char in tokenizer.chars) - counts[gpt.UNK]
     vocabulary = json.dumps(list(tokenizer.chars)).encode()
     corpus = dict(documents=documents, characters=total - documents, unknown=total - known,
                   vocabulary=tokenizer.vocab_size, train=train, val=val,
@@ -259,8 +259,8 @@ def read_source(path, moved, not_read):
 
 
 def kind_of(name):
-    """What a file is, going by its name: ".txt", ".tar" for all that begins as one, packed or not,
-    ".xz" for a shard, or a kind that is not read."""
+    """What a file is, going by its name: ".txt", ".tar" for a tar of any packing, ".xz" for a
+    shard, or another kind, which is not read."""
     name = name.lower().rpartition("/")[2]
     if name.startswith("._"):
         return "._ of macOS"
@@ -270,9 +270,9 @@ def kind_of(name):
 
 
 def read_tar(name, file, not_read):
-    """Yields (name, bytes) for each .txt and .xz in a tar, and in the tars inside it. Nothing is
-    extracted to the disk, so no name can write anywhere. ValueError if the tar is damaged, or if
-    anything follows its end."""
+    """Yields (name, bytes) for each .txt and .xz in a tar, and in the tars inside it. No file takes
+    its name to the disk, so that none can write where it should not. ValueError if the tar is
+    damaged, or if anything follows its end."""
     try:
         # "r|" reads from the first byte to the last, and never goes back.
         with tarfile.open(fileobj=unpacked(name, file), mode="r|") as tar:
@@ -287,7 +287,7 @@ def read_tar(name, file, not_read):
                 elif kind == ".tar":
                     yield from read_tar(inner, tar.extractfile(member), not_read)
                 elif kind in (".txt", ".xz"):
-                    yield inner, tar.fileobj.read(member.size)
+                    yield inner, tar.fileobj.read(member.size)  # tarfile has just read its head
                 else:
                     not_read[kind] += 1
             # A tar ends with two blocks of 512 zeros, and any number of zeros may follow. tarfile
@@ -302,7 +302,7 @@ def read_tar(name, file, not_read):
 
 
 def read_documents(name, content, not_read):
-    """Yields the documents in what read_source yields, each closed by END."""
+    """In a worker: yields the documents in what read_source yields, each closed by END."""
     if isinstance(content, str):  # a piece of a long text
         yield content
     elif name.lower().endswith(".xz"):
@@ -328,7 +328,7 @@ def gzip_stream():
     return zlib.decompressobj(31)  # 31: with gzip's header
 
 
-# What unpacks a stream, by the ending of the file's name.
+# What unpacks a file, by the ending of its name.
 STREAMS = {".xz": xz_stream, ".txz": xz_stream, ".gz": gzip_stream, ".tgz": gzip_stream,
            ".bz2": bz2.BZ2Decompressor, ".tbz2": bz2.BZ2Decompressor, ".tbz": bz2.BZ2Decompressor}
 
@@ -345,9 +345,9 @@ def unpacked(name, file):
 
 
 def unpack(file, new_stream):
-    """Yields what is in a packed file, in pieces. It may be several streams, one after the other,
-    with zeros between and behind them. Python's own readers may silently drop all but the first, so
-    streams are read one by one here. Raises an error if there is anything else."""
+    """Yields what is in a packed file, in pieces. It may consist of several streams, one after the
+    other, with zeros between and behind them. Python's own readers may silently drop all but the
+    first, so streams are read one by one here. Anything else is damage, and raises an error."""
     stream = new_stream()
     data = file.read(2**16)
     while data:

@@ -2886,10 +2886,11 @@ def test_a_sample_takes_some_shards_which_seed_and_archive_choose_and_not_its_fo
 
 
 def test_characters_rarer_than_min_count_become_unk():
-    Path("a.tar").write_bytes(tar(owt(["on a mat"] * 40 + ["moon ééé ññ"])))
-    _, val, corpus = prepare("a.tar", "--min_count", "3")
-    assert val[-1] == f"moon ééé {UNK}{UNK}"
-    assert corpus["unknown"] == 2
+    documents = ["on a mat " * 4, "on a mat " * 4, "moon éééé ñññ"]  # an END is as rare as an ñ
+    Path("a.tar").write_bytes(tar(owt(documents)))
+    train, val, corpus = prepare("a.tar", "--min_count", "4")
+    assert train + val == [*documents[:2], f"moon éééé {UNK}{UNK}{UNK}"]
+    assert corpus["unknown"] == 3
 
 
 @pytest.mark.parametrize("share, count", [("0.5", 20), ("0.1", 4)])
