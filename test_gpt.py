@@ -3209,26 +3209,33 @@ def is_running(pid):
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_workers_leave_ctrl_c_to_their_parent_and_end_with_it_even_if_it_is_killed():
+def start_preparation(shards):
+    """Starts it with real workers -> (process, ids of its workers); they are at work."""
     text = "".join(map(str, range(1_000_000)))  # packed, four such shards are a batch
     shard = lzma.compress(tar([("a.txt", text)]), preset=0)
-    Path("a.tar").write_bytes(tar([(f"{number}_data.xz", shard) for number in range(60)]))
-    words = ["a.tar", "--out", "out"]
-    process = start("prepare_owt.py", words)
-    try:
-        wait_until(lambda: list(Path("out").glob("*.text")))
-        workers = workers_of(process)
-        assert workers
-        for worker in workers:
-            os.kill(worker, signal.SIGINT)  # a terminal tells them, too
-        texts = len(list(Path("out").glob("*.text")))
-        wait_until(lambda: len(list(Path("out").glob("*.text"))) > texts + 1)
-    finally:
-        process.kill()
-        process.communicate()
+    Path("a.tar").write_bytes(tar([(f"{number}_data.xz", shard) for number in range(shards)]))
+    process = start("prepare_owt.py", ["a.tar", "--out", "out"])
+    wait_until(lambda: list(Path("out").glob("*.text")))
+    return process, workers_of(process)
+
+
+def test_workers_leave_ctrl_c_to_their_parent():
+    process, workers = start_preparation(shards=12)
+    for worker in workers:
+        os.kill(worker, signal.SIGINT)  # a terminal tells them, too
+    process.communicate()
+    assert workers and process.returncode == 0
+    assert Path("out/corpus.json").exists()
+
+
+def test_workers_end_with_their_parent_even_if_it_is_killed():
+    process, workers = start_preparation(shards=60)
+    process.kill()
+    process.communicate()
     wait_until(lambda: not any(is_running(worker) for worker in workers))
+    assert workers
     assert_refused(gpt.main, flags(data="out"), "out", "vocab.json")  # it is not complete
-    assert_refused(prepare_owt.main, words, "out exists: delete it")
+    assert_refused(prepare_owt.main, ["a.tar", "--out", "out"], "out exists: delete it")
 
 
 def drop(name):
