@@ -2,14 +2,15 @@
 
     python prepare_owt.py openwebtext.tar.xz --out data/owt
 
-OpenWebText is a tar of 20,610 shards, 40 GB of text. A shard is a tar, packed by xz, with a .txt
-for each document. The vocabulary is only known after reading everything, so there are two passes:
-the first writes the texts to the disk and counts characters, the second turns the texts into ids.
-Several worker processes share the work.
+A tar is a file that holds many files, one after the other. OpenWebText is a tar of 20,610 shards;
+a shard is a tar again, packed by xz, with a .txt for each document: 40 GB of text in all. Which
+characters occur is known only after reading everything, so there are two passes. The first unpacks
+the texts, writes them to the disk and counts their characters; the second turns them into ids.
+Both are shared by several processes, the workers, since Python runs on one core in each process.
 """
-import bz2, functools, io, itertools, json, lzma, multiprocessing, os, random, re, shlex, shutil
-import signal, tarfile, threading, zlib
-from collections import Counter
+import bz2, io, json, lzma, multiprocessing, os, random, shlex, shutil, signal, tarfile, threading
+import zlib
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 import numpy as np
@@ -27,7 +28,6 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default="data/owt", help="folder to write (data/owt)")
     parser.add_argument("--seed", type=int, default=1337, help="chooses the sample (1337)")
     parser.add_argument("--sample", type=float, default=1.0, help="share of the shards (1)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (all cores)")
     parser.add_argument("--val_fraction", type=float, default=0.1, help="for validation (0.1)")
     parser.add_argument("--min_count", type=int, default=1, help="rarer characters are UNK (1)")
     flags = parser.parse_args(argv)
@@ -44,34 +44,28 @@ def main(argv=None):
 
 
 def check(flags):
-    """ValueError for a flag that cannot work. An older corpus is never overwritten."""
+    """ValueError for a flag that cannot work. Nothing that exists is ever overwritten."""
     if not 0 < flags.sample <= 1:
         raise ValueError(f"--sample must be above 0 and at most 1, not {flags.sample}")
     if not 0 < flags.val_fraction < 1:
         raise ValueError(f"--val_fraction must be between 0 and 1, not {flags.val_fraction}")
-    if flags.workers < 1 or flags.min_count < 1:
-        raise ValueError("--workers and --min_count must be at least 1")
+    if flags.min_count < 1:
+        raise ValueError(f"--min_count must be at least 1, not {flags.min_count}")
     if os.path.lexists(flags.out):
         raise ValueError(f"{flags.out} exists: delete it, or name another folder with --out")
 
 
 def prepare_folder(flags):
-    """Prepares in a temporary folder beside --out, and renames it when it is complete, so that
-    nobody finds half a corpus. Returns what corpus.json says; ValueError for a bad source."""
-    not_read = Counter()
+    """Makes the folder --out, prepares in it, and returns what its corpus.json says. That file is
+    written last: gpt.py takes no folder without it, so nobody trains on half a corpus."""
+    not_read = Counter()  # {kind: how many}, since nothing is passed over in silence
     files = find_files(flags.sources, not_read)
-    temporary = Path(f"{flags.out}.tmp")
-    if temporary.exists():
-        raise ValueError(f"{temporary} exists: another preparation is running or was killed; if "
-                         "none is running, delete it")
-    temporary.mkdir(parents=True)
+    flags.out.mkdir(parents=True)
     try:
-        corpus = prepare(files, temporary, flags, not_read)
-        temporary.rename(flags.out)
+        return prepare(files, flags, not_read)
     except BaseException:  # whatever it is, also Ctrl-C
-        shutil.rmtree(temporary)
+        shutil.rmtree(flags.out)
         raise
-    return corpus
 
 
 def find_files(sources, not_read):
@@ -85,7 +79,7 @@ def find_files(sources, not_read):
             if path.is_file():
                 files.append(path)
             elif path.is_symlink() or not path.is_dir():
-                not_read["links and devices"] += 1
+                not_read["links and other special files"] += 1
     return files
 
 
@@ -96,33 +90,33 @@ def as_words(counts):
 
 
 # -------------------------------- two passes ----------------------------------------------------
-def prepare(files, folder, flags, not_read):
-    """Fills an empty folder; returns what its corpus.json says. ValueError names a bad source."""
-    with ProcessPoolExecutor(flags.workers, initializer=start_worker) as pool:
-        texts, counts = first_pass(files, folder, flags, pool, not_read)
-        total = int(counts.sum())
-        documents = int(counts[ord(gpt.END)])
+def prepare(files, flags, not_read):
+    """Fills the new folder. Returns what its corpus.json says. ValueError names a bad source."""
+    with ProcessPoolExecutor(initializer=start_worker) as pool:  # a worker for each core
+        texts, counts = first_pass(files, flags, pool, not_read)
+        documents = counts[gpt.END]  # each is closed by one
         if documents == 0:
             raise ValueError(f"no documents in these sources; not read: {as_words(not_read)}")
-        kept = [chr(code) for code in np.flatnonzero(counts >= flags.min_count)]
-        if not set(kept) - {gpt.END, gpt.UNK}:
+        kept = {char for char in counts if counts[char] >= flags.min_count}
+        if not kept - {gpt.END, gpt.UNK}:
             raise ValueError(f"--min_count {flags.min_count} leaves no characters")
         tokenizer = gpt.CharTokenizer(kept)
-        second_pass(texts, tokenizer, folder, pool)
-    train, val = split(folder, tokenizer, flags.val_fraction)
+        second_pass(texts, tokenizer, flags.out, pool)
+    train, val = split(flags.out, tokenizer, flags.val_fraction)
+    total = train + val
+    known = sum(counts[char] for char in tokenizer.chars) - counts[gpt.UNK]
     vocabulary = json.dumps(list(tokenizer.chars)).encode()
-    (folder / "vocab.json").write_bytes(vocabulary)
-    known = int(counts[gpt.codes_of(tokenizer.chars)].sum() - counts[ord(gpt.UNK)])
     corpus = dict(documents=documents, characters=total - documents, unknown=total - known,
                   vocabulary=tokenizer.vocab_size, train=train, val=val,
                   checksum=zlib.crc32(vocabulary), not_read=not_read)
-    (folder / "corpus.json").write_text(json.dumps(corpus), "utf-8")
+    (flags.out / "vocab.json").write_bytes(vocabulary)
+    (flags.out / "corpus.json").write_text(json.dumps(corpus), "utf-8")
     return corpus
 
 
 def start_worker():
-    """A worker leaves Ctrl-C to its parent, and ends with it, even if the parent was killed: a
-    thread beside its work waits for that."""
+    """A worker leaves Ctrl-C to its parent, the process that started it, and ends with its parent,
+    even if that is killed. A thread, which runs beside the work, does nothing but wait for this."""
     def end_with_parent():
         multiprocessing.parent_process().join()  # waits until it has ended
         os._exit(1)                              # at once, whatever the worker is doing
@@ -130,35 +124,40 @@ def start_worker():
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def first_pass(files, folder, flags, pool, not_read):
-    """Writes all texts to the disk. Returns these files, as (path, the number of characters before
-    it), and how often each character of Unicode occurs (an array)."""
-    texts = []
-    counts = np.zeros(0x110000, np.int64)
+def side_by_side(pool, work, jobs):
+    """Yields work(*job) for each job, in their order, while the workers do the ones that follow.
+    The next job is made only when few are waiting, so that no more than these are in memory."""
+    waiting = deque()
+    for job in jobs:
+        waiting.append(pool.submit(work, *job))
+        if len(waiting) >= 4 * os.cpu_count():
+            yield waiting.popleft().result()  # waits until it is done
+    for task in waiting:
+        yield task.result()
+
+
+def progress(files, label):
+    """A bar that shows how many bytes of these files are done."""
     size = sum(path.stat().st_size for path in files)
-    with progress(size, "texts") as bar:
-        batches = make_batches(files, flags, bar.update, not_read)
-        for group in in_groups(batches):
-            paths = [folder / f"{len(texts) + number}.text" for number in range(len(group))]
-            for path, result in zip(paths, pool.map(write_text, paths, group)):
-                codes, found, passed_over = result
-                texts.append((path, counts.sum()))
-                counts[codes] += found
-                not_read.update(passed_over)
-            bar.set_postfix_str(f"{counts[ord(gpt.END)]:,} documents, {counts.sum():,} characters")
-    return texts, counts
-
-
-def progress(size, label):
     return tqdm(total=size, unit="B", unit_scale=True, desc=label, dynamic_ncols=True, disable=None)
 
 
-def in_groups(items):
-    """Yields lists of items. The workers get one of them after the other, so that no more than that
-    is in memory or left to do when something goes wrong."""
-    items = iter(items)
-    while group := list(itertools.islice(items, 8 * os.cpu_count())):
-        yield group
+def first_pass(files, flags, pool, not_read):
+    """Writes all texts to the disk. Returns these files, as (path, the number of characters before
+    it), and how often each character occurs."""
+    texts = []
+    counts = Counter()
+    characters = 0
+    with progress(files, "texts") as bar:
+        batches = make_batches(files, flags, bar.update, not_read)
+        jobs = ((flags.out / f"{number}.text", batch) for number, batch in enumerate(batches))
+        for path, found, passed_over in side_by_side(pool, write_text, jobs):
+            texts.append((path, characters))
+            characters += sum(found.values())
+            counts.update(found)  # a Counter adds
+            not_read.update(passed_over)
+            bar.set_postfix_str(f"{counts[gpt.END]:,} documents, {characters:,} characters")
+    return texts, counts
 
 
 def make_batches(files, flags, moved, not_read):
@@ -167,8 +166,8 @@ def make_batches(files, flags, moved, not_read):
     size = 0
     for path in files:
         for name, content in read_source(path, moved, not_read):
-            # A number from 0 to 1 that follows from seed and name, but not from the folder.
-            key = f"{flags.seed} {name.replace(str(path), path.name, 1)}"
+            # A number from 0 to 1 that follows from the seed and the name, without its folder.
+            key = f"{flags.seed} {path.name}" + name.removeprefix(path.as_posix())
             if random.Random(key.encode("utf-8", "surrogatepass")).random() >= flags.sample:
                 continue
             batch.append((name, content))
@@ -182,41 +181,38 @@ def make_batches(files, flags, moved, not_read):
 
 
 def write_text(path, batch):
-    """First pass, in a worker: writes the documents of a batch into one file. Returns which
-    characters occur in it, as their numbers in Unicode, how often each, and what was not read."""
+    """First pass, in a worker: writes the documents of a batch into one file. Returns its path, how
+    often each character occurs in it, and what was not read."""
     not_read = Counter()
-    counts = np.zeros(0x110000, np.int64)
+    counts = np.zeros(0x110000, np.int64)  # for each character of Unicode
     with open(path, "wb", buffering=2**20) as file:
         for name, content in batch:
             for text in read_documents(name, content, not_read):
                 file.write(text.encode())
-                found = np.bincount(gpt.codes_of(text))  # found[65] is how often "A" occurs
-                counts[: len(found)] += found
-    codes = np.flatnonzero(counts)
-    return codes, counts[codes], not_read
+                # Each "A" adds 1 to counts[65]. (counts[codes] += 1 would do so only once.)
+                np.add.at(counts, gpt.codes_of(text), 1)
+    found = {chr(code): int(counts[code]) for code in np.flatnonzero(counts)}
+    return path, found, not_read
 
 
 def second_pass(texts, tokenizer, folder, pool):
     """Writes train.bin, with the ids of all texts."""
     train = folder / "train.bin"
     train.touch()
-    write = functools.partial(write_ids, tokenizer.chars, train)
-    size = sum(path.stat().st_size for path, _ in texts)
-    with progress(size, "ids") as bar:
-        for group in in_groups(texts):
-            for written in pool.map(write, group):
-                bar.update(written)
+    with progress([path for path, _ in texts], "ids") as bar:
+        jobs = ((path, start, tokenizer.chars, train) for path, start in texts)
+        for size in side_by_side(pool, write_ids, jobs):
+            bar.update(size)
 
 
-def write_ids(chars, train, text):
+def write_ids(path, start, chars, train):
     """Second pass, in a worker: a file of text becomes ids, in their place in train.bin, and is
     deleted. Returns its size in bytes."""
-    path, start = text
     tokenizer = gpt.CharTokenizer(chars)
     size = path.stat().st_size
     with open(path, encoding="utf-8", newline="") as file, open(train, "r+b") as ids:
         ids.seek(2 * start)  # two bytes for each id; other workers write other places
-        while piece := file.read(2**16):
+        while piece := file.read(2**18):
             ids.write(tokenizer.encode(piece))
     path.unlink()
     return size
@@ -244,58 +240,54 @@ def split(folder, tokenizer, val_fraction):
 def read_source(path, moved, not_read):
     """Yields (name, content) of a file on the disk: the pieces of a .txt, the bytes of an .xz, or
     the bytes of each .txt and .xz in a tar. moved(n) is called when n bytes were read."""
-    kind = kind_of(path.name)
-    if kind == "txt":  # it may be larger than memory
+    name = path.as_posix()
+    kind = kind_of(name)
+    if kind == ".txt":  # it may be larger than memory
         for piece in gpt.read_text(path):
             moved(len(piece.encode()))
-            yield str(path), piece
-        yield str(path), gpt.END
-    elif kind in ("xz", "tar"):
+            yield name, piece
+        yield name, gpt.END
+    elif kind == ".xz":
+        content = path.read_bytes()
+        moved(len(content))
+        yield name, content
+    elif kind == ".tar":
         with open(path, "rb") as file:
-            watched = CallbackIOWrapper(moved, file, "read")
-            if kind == "xz":
-                yield str(path), watched.read()
-            else:
-                yield from read_tar(str(path), watched, not_read)
+            yield from read_tar(name, CallbackIOWrapper(moved, file, "read"), not_read)
     else:
         not_read[kind] += 1
 
 
-TARS = (".tar", ".tar.gz", ".tar.bz2", ".tar.xz", ".tgz", ".tbz", ".tbz2", ".txz")
-
-
 def kind_of(name):
-    """What a file is, going by its name: "txt", "tar", "xz", or a word for what is not read."""
+    """What a file is, going by its name: ".txt", ".tar" for a tar of any packing, ".xz" for a
+    shard, or another kind, which is not read."""
     name = name.lower().rpartition("/")[2]
     if name.startswith("._"):
         return "._ of macOS"
-    if name.endswith(".txt"):
-        return "txt"
-    if name.endswith(TARS):
-        return "tar"
-    if name.endswith(".xz"):
-        return "xz"
+    if name.endswith((".tar", ".tar.xz", ".txz", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz")):
+        return ".tar"
     return os.path.splitext(name)[1] or "no ending"
 
 
 def read_tar(name, file, not_read):
-    """Yields (name, bytes) for each .txt and .xz in a tar, and in the tars inside it. Nothing is
-    extracted to the disk, so no name can write anywhere. not_read counts, by kind, what is passed
-    over. ValueError if the tar is damaged, or if anything follows its end."""
+    """Yields (name, bytes) for each .txt and .xz in a tar, and in the tars inside it. No file takes
+    its name to the disk, so that none can write where it should not. ValueError if the tar is
+    damaged, or if anything follows its end."""
     try:
-        with open_tar(file) as tar:
-            while member := tar.next():
+        # "r|" reads from the first byte to the last, and never goes back.
+        with tarfile.open(fileobj=unpacked(name, file), mode="r|") as tar:
+            for member in tar:
                 tar.members.clear()  # it would remember all of them
-                inner = f"{name}: {member.name}"
-                kind = kind_of(member.name)
+                inner = f"{name}/{member.name}"
+                kind = kind_of(inner)
                 if member.isdir():
                     continue
-                if not member.isreg():
-                    not_read["links and devices"] += 1
-                elif kind == "tar":
+                if not member.isreg() or member.issparse():
+                    not_read["links and other special files"] += 1
+                elif kind == ".tar":
                     yield from read_tar(inner, tar.extractfile(member), not_read)
-                elif kind in ("xz", "txt"):
-                    yield inner, tar.extractfile(member).read()
+                elif kind in (".txt", ".xz"):
+                    yield inner, tar.fileobj.read(member.size)  # tarfile has just read its head
                 else:
                     not_read[kind] += 1
             # A tar ends with two blocks of 512 zeros, and any number of zeros may follow. tarfile
@@ -305,18 +297,29 @@ def read_tar(name, file, not_read):
             while piece := tar.fileobj.read(2**16):
                 if piece.strip(b"\0"):
                     raise EOFError("something follows its end; were several tars joined?")
-    except (tarfile.TarError, *DAMAGE) as error:
-        raise ValueError(f"{name}: damaged: {error}")
+    except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
+        raise ValueError(f"{name}: no tar, or damaged: {error}")
 
 
-def open_tar(file):
-    """A tar that is in memory, as those in an .xz are, is faster read as it is."""
-    if isinstance(file, io.BytesIO) and packing_of(file.getvalue()) is None:
-        return tarfile.open(fileobj=file, mode="r:")
-    # "r|" reads from the first byte to the last, and never goes back.
-    return tarfile.open(fileobj=Pieces(unpack(file)), mode="r|", bufsize=2**16)
+def read_documents(name, content, not_read):
+    """In a worker: yields the documents in what read_source yields, each closed by END."""
+    if isinstance(content, str):  # a piece of a long text
+        yield content
+    elif name.lower().endswith(".xz"):
+        for inner, data in read_tar(name, io.BytesIO(content), not_read):
+            yield from read_documents(inner, data, not_read)
+    else:
+        encoding = gpt.encoding_of(content)
+        text = content.decode(encoding, "replace")  # what cannot be decoded becomes UNK
+        if "\0" in text:
+            not_read["documents with a NUL"] += 1
+            return
+        if gpt.UNK in text and text != content.decode(encoding, "ignore"):
+            not_read["documents in part (bytes that are not UTF-8)"] += 1
+        yield gpt.clean(text) + gpt.END
 
 
+# -------------------------------- unpacking -----------------------------------------------------
 def xz_stream():
     return lzma.LZMADecompressor(lzma.FORMAT_XZ)  # and not the older .lzma, which has no checksum
 
@@ -325,35 +328,28 @@ def gzip_stream():
     return zlib.decompressobj(31)  # 31: with gzip's header
 
 
-# How a packed file begins, and what unpacks one stream of it. (A tar begins with the name of a
-# file, which may well be BZhang.txt.)
-PACKINGS = {rb"\xfd7zXZ\0": xz_stream, rb"BZh[1-9]1AY&SY": bz2.BZ2Decompressor,
-            rb"\x1f\x8b\x08": gzip_stream}
-DAMAGE = (lzma.LZMAError, zlib.error, EOFError, OSError)  # what they raise if it is damaged
+# What unpacks a file, by the ending of its name.
+STREAMS = {".xz": xz_stream, ".txz": xz_stream, ".gz": gzip_stream, ".tgz": gzip_stream,
+           ".bz2": bz2.BZ2Decompressor, ".tbz2": bz2.BZ2Decompressor, ".tbz": bz2.BZ2Decompressor}
 
 
-def packing_of(data):
-    """What unpacks a file that begins with these bytes; None if it is not packed."""
-    for start in PACKINGS:
-        if re.match(start, data):
-            return PACKINGS[start]
-    return None
+def unpacked(name, file):
+    """A file as it is, or what is packed in it, which can be read like a file as well."""
+    ending = os.path.splitext(name.lower())[1]
+    if ending not in STREAMS:
+        return file
+    pieces = unpack(file, STREAMS[ending])
+    if kind_of(name) == ".xz":
+        return io.BytesIO(b"".join(pieces))  # a shard fits in memory, and is read faster from there
+    return Pieces(pieces)
 
 
-def unpack(file, new_stream=None):
-    """Yields what is in a file that was packed by xz, bzip2 or gzip, in pieces. A packed file may
-    be several streams, one after the other, with zeros between and behind them. Python's own
-    readers handle this only in part, and may silently drop the rest, so streams are read one by one
-    here. Raises one of DAMAGE if there is anything else.
-    new_stream: for a file that begins like none of these; without it, it is yielded as it is."""
-    data = file.read(2**16)
-    new_stream = packing_of(data) or new_stream
-    if new_stream is None:
-        while data:
-            yield data
-            data = file.read(2**16)
-        return
+def unpack(file, new_stream):
+    """Yields what is in a packed file, in pieces. It may consist of several streams, one after the
+    other, with zeros between and behind them. Python's own readers may silently drop all but the
+    first, so streams are read one by one here. Anything else is damage, and raises an error."""
     stream = new_stream()
+    data = file.read(2**16)
     while data:
         if not stream.eof:
             yield stream.decompress(data)
@@ -382,40 +378,6 @@ class Pieces:
             self.piece = io.BytesIO(next(self.pieces, b""))
             found = self.piece.read(size)
         return found
-
-
-def read_documents(name, content, not_read):
-    """Yields the documents in what read_source yields, each closed by END. An .xz holds a tar, a
-    text or another .xz. ValueError if it is damaged."""
-    if isinstance(content, str):  # a piece of a long text
-        yield content
-        return
-    packed = kind_of(name) == "xz"
-    inner = name
-    try:
-        while kind_of(inner) == "xz":
-            content = b"".join(unpack(io.BytesIO(content), xz_stream))
-            inner = inner[: -len(".xz")]
-        is_tar = packed and tarfile.is_tarfile(io.BytesIO(content))
-    except DAMAGE as error:
-        raise ValueError(f"{name}: damaged: {error}")
-    if is_tar:
-        for member, data in read_tar(name, io.BytesIO(content), not_read):
-            yield from read_documents(member, data, not_read)
-        return
-    encoding = gpt.encoding_of(content)
-    if packed and b"\0" in content and encoding != "utf-16":
-        raise ValueError(f"{name}: damaged: it holds neither a tar nor a text")
-    text = content.decode(encoding, "replace")
-    if "\0" in text:
-        not_read["documents with a NUL"] += 1
-        return
-    bad = text.count(gpt.UNK)  # what could not be decoded has become UNK
-    if bad > 0:
-        bad -= content.decode(encoding, "ignore").count(gpt.UNK)  # those that were UNK before
-    if bad > 0:
-        not_read["bytes that are not UTF-8"] += bad
-    yield gpt.clean(text) + gpt.END
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 A test is a claim, its name, and the proof. The models are tiny, so that each takes a second or two.
 """
-import bz2, copy, gzip, io, json, lzma, math, os, pickle, pty, random, re, resource, runpy, select
-import shutil, signal, subprocess, sys, tarfile, time, tracemalloc, zlib
+import bz2, copy, functools, gzip, io, json, lzma, math, os, pickle, pty, random, re, resource
+import runpy, select, shutil, signal, subprocess, sys, tarfile, time, tracemalloc, zlib
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import fields
@@ -27,9 +27,9 @@ SAMPLE = gpt.sample
 PAIRS = {"the cat": "sat", "a dog": "ran", "on a mat": "the dog", "é": "cat"}  # no "é" in TEXT
 
 
-def threads(workers, initializer):
+def threads(initializer):
     """What the test of workers replaces by processes again."""
-    return ThreadPoolExecutor(workers)
+    return ThreadPoolExecutor()
 
 
 def too_long(number, frame):
@@ -459,7 +459,7 @@ def prepared_folder(tmp_path_factory):
     """What prepare_owt.py makes of the book."""
     folder = tmp_path_factory.mktemp("prepared")
     (folder / "book.txt").write_text(TEXT)
-    prepare_owt.main([str(folder / "book.txt"), "--out", str(folder / "new"), "--workers", "1"])
+    prepare_owt.main([str(folder / "book.txt"), "--out", str(folder / "new")])
     return folder / "new"
 
 
@@ -2723,7 +2723,7 @@ DOCUMENTS = ["one\r\ntwo\rthree\r\r\nfour", "日本語 😀 e\u0301", b"bad \xff
              b"a NUL \0", "", *ODD]
 CLEANED = ["one\ntwo\nthree\n\nfour", "日本語 😀 e\u0301", f"bad {UNK}{UNK} end", UNK,
            f"an {UNK}, a {UNK}", "mark\ufeff", "UTF-16, é", "", *ODD]
-NOT_READ = {"documents with a NUL": 1, "bytes that are not UTF-8": 3}
+NOT_READ = {"documents with a NUL": 1, "documents in part (bytes that are not UTF-8)": 2}
 
 
 def tar(files, mode="w", **options):
@@ -2789,11 +2789,8 @@ SOURCES = {
     "original.tar.xz": lzma.compress(WHOLE),
     "shards.tgz": tar(owt(DOCUMENTS), "w:gz"),
     "texts.tar.bz2": tar(texts(DOCUMENTS), "w:bz2"),
-    "no-ending-of-its-own.tar": tar(texts(DOCUMENTS), "w:gz"),
     "outer.tar": tar([("a/inner.Tar.Gz", tar(texts(DOCUMENTS), "w:gz"))]),
-    "twice.xz": lzma.compress(lzma.compress(tar(texts(DOCUMENTS)))),
-    "twice.tar": tar([("a.xz.xz", lzma.compress(owt(DOCUMENTS, per_shard=99)[0][1]))]),
-    "gzip.tar.gz.xz": lzma.compress(tar(texts(DOCUMENTS), "w:gz")),
+    "deep.xz": lzma.compress(tar([("b/c.tar.bz2", tar(owt(DOCUMENTS), "w:bz2"))])),
     "subsets/urlsf_subset00.tar": WHOLE,
 }
 
@@ -2836,21 +2833,22 @@ def test_folders_that_are_not_there_yet_are_made_and_the_last_line_trains_on_the
 
 
 def test_any_number_of_workers_gives_the_same_files(monkeypatch):
-    monkeypatch.setattr(prepare_owt, "ProcessPoolExecutor", ProcessPoolExecutor)
     Path("a.tar").write_bytes(tar(owt(DOCUMENTS, per_shard=1)))
     Path("b.txt").write_text("\n".join(map(str, range(500_000))))  # of several batches
-    for workers in ("1", "3"):
-        prepare_owt.main(["b.txt", "a.tar", "b.txt", "--out", workers, "--workers", workers])
+    for workers in (1, 3):
+        processes = functools.partial(ProcessPoolExecutor, workers)
+        monkeypatch.setattr(prepare_owt, "ProcessPoolExecutor", processes)
+        prepare_owt.main(["b.txt", "a.tar", "b.txt", "--out", str(workers)])
     for name in ("train.bin", "val.bin", "vocab.json", "corpus.json"):
         assert Path("1", name).read_bytes() == Path("3", name).read_bytes()
 
 
-def test_plain_texts_and_compressed_ones_mix_with_shards():
+def test_plain_texts_and_single_shards_mix_with_archives():
     Path("shards.tar").write_bytes(WHOLE)
-    Path("a_data.xz").write_bytes(lzma.compress(b"plain\r\ntext") + lzma.compress(b" goes on"))
+    Path("a_data.xz").write_bytes(lzma.compress(tar([("a.txt", "one\r\nshard")])))
     Path("B.TXT").write_text("\ufeffa\r\rtext", encoding="utf-16", newline="")
     train, val, _ = prepare("shards.tar", "a_data.xz", "B.TXT")
-    assert train + val == [*CLEANED, "plain\ntext goes on", "\ufeffa\n\ntext"]
+    assert train + val == [*CLEANED, "one\nshard", "\ufeffa\n\ntext"]
 
 
 def test_a_long_text_gives_the_batches_of_the_text_file_itself():
@@ -2882,10 +2880,11 @@ def test_a_sample_takes_some_shards_which_seed_and_archive_choose_and_not_its_fo
 
 
 def test_characters_rarer_than_min_count_become_unk():
-    Path("a.tar").write_bytes(tar(owt(["on a mat"] * 40 + ["moon ééé ññ"])))
-    _, val, corpus = prepare("a.tar", "--min_count", "3")
-    assert val[-1] == f"moon ééé {UNK}{UNK}"
-    assert corpus["unknown"] == 2
+    documents = ["on a mat " * 4, "on a mat " * 4, "moon éééé ñññ"]  # an END is as rare as an ñ
+    Path("a.tar").write_bytes(tar(owt(documents)))
+    train, val, corpus = prepare("a.tar", "--min_count", "4")
+    assert train + val == [*documents[:2], f"moon éééé {UNK}{UNK}{UNK}"]
+    assert corpus["unknown"] == 3
 
 
 @pytest.mark.parametrize("share, count", [("0.5", 20), ("0.1", 4)])
@@ -2915,9 +2914,9 @@ def test_what_is_not_read_is_counted_by_kind_printed_and_kept(capsys):
     train, val, corpus = prepare("folder")
     assert train + val == ["text", "text"]
     assert corpus["not_read"] == {"._ of macOS": 2, ".pdf": 2, ".gz": 1, ".md": 1, "no ending": 1,
-                                  "documents with a NUL": 1, "links and devices": 4}
+                                  "documents with a NUL": 1, "links and other special files": 4}
     assert ("; not read: 2 ._ of macOS, 1 .gz, 1 .md, 2 .pdf, 1 documents with a NUL, "
-            "4 links and devices, 1 no ending\n") in capsys.readouterr().out
+            "4 links and other special files, 1 no ending\n") in capsys.readouterr().out
 
 
 def test_links_to_folders_and_pipes_in_a_folder_are_counted_as_not_read():
@@ -2930,7 +2929,7 @@ def test_links_to_folders_and_pipes_in_a_folder_are_counted_as_not_read():
     os.mkfifo("folder/pipe.txt")
     train, val, corpus = prepare("folder")
     assert train + val == ["folder", TEXT]
-    assert corpus["not_read"] == {"links and devices": 3}
+    assert corpus["not_read"] == {"links and other special files": 3}
 
 
 @pytest.mark.parametrize("ending", ["sha256", "asc", "txt", "zst"])
@@ -2969,7 +2968,8 @@ def test_names_that_are_not_utf_8_are_read_counted_and_printed(kind, capsys):
     printed = capsys.readouterr().out
     assert f"not read: 2 .{UNK}[2j, 2 .caf{UNK}\n" in printed
     Path("b.tar").write_bytes(tar([(f"{latin}_data.xz", shard[:-1])], format=kind))
-    assert_refused(prepare_owt.main, ["b.tar", "--out", "out"], f"b.tar: caf{UNK}_data.xz: damaged")
+    assert_refused(prepare_owt.main, ["b.tar", "--out", "out"],
+                   f": b.tar/caf{UNK}_data.xz: no tar, or damaged")
 
 
 def test_a_tar_may_begin_with_a_name_that_looks_like_a_packed_file():
@@ -2981,7 +2981,7 @@ def test_a_tar_may_begin_with_a_name_that_looks_like_a_packed_file():
         assert train + val == ["first", "last"] * 2
 
 
-def test_a_file_with_holes_in_a_tar_ends_where_it_ends():
+def test_a_file_with_holes_in_a_tar_is_counted_and_what_follows_it_is_read():
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         member = tarfile.TarInfo("holes.txt")
@@ -2996,11 +2996,11 @@ def test_a_file_with_holes_in_a_tar_ends_where_it_ends():
     Path("a.tar").write_bytes(buffer.getvalue())
     train, val, corpus = prepare("a.tar", "a.tar")
     assert train + val == ["last", "last"]
-    assert corpus["not_read"] == {"documents with a NUL": 2}  # holes are read as NULs
+    assert corpus["not_read"] == {"links and other special files": 2}
 
 
 @pytest.mark.parametrize("name, content", [("a.tar", WHOLE), ("a.txt", "é\n".encode() * 999),
-                                           ("a.xz", lzma.compress(b"a text" * 99))],
+                                           ("a.xz", owt(DOCUMENTS)[0][1])],
                          ids=["tar", "txt", "xz"])
 def test_both_passes_show_how_far_they_are(name, content, monkeypatch):
     Path(name).write_bytes(content)
@@ -3039,9 +3039,9 @@ def test_memory_holds_a_few_batches_however_long_the_text_is(monkeypatch):
 
     monkeypatch.setattr(gpt, "read_text", long_text)
     monkeypatch.setattr(prepare_owt, "write_text", watched)
-    prepare_owt.main(["book.txt", "--out", "out", "--workers", "2"])
+    prepare_owt.main(["book.txt", "--out", "out"])
     assert len(written) == 21  # and one for END
-    assert max(waiting) <= 8
+    assert max(waiting) <= 5
 
 
 # Where packed streams may stand: in a file of that name, or in a tar, as a file of this one.
@@ -3067,10 +3067,14 @@ def put(name, packed):
     Path(name).write_bytes(packed)
 
 
-def assert_damaged(name):
-    """It is refused by its name, and by the name of what is damaged in it; nothing is left."""
-    assert_refused(prepare_owt.main, [name, "--out", "out"], f": {name}: ", PACKED.get(name, ""))
-    assert not Path("out.tmp").exists()
+def assert_damaged(name, *words):
+    """It is refused by its name, or by the name of what is damaged in it; nothing is left."""
+    damaged = name
+    if PACKED.get(name):
+        damaged = f"{name}/{PACKED[name]}"
+    assert_refused(prepare_owt.main, [name, "--out", "out"], f": {damaged}", "no tar, or damaged: ",
+                   *words)
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("name", PACKED)
@@ -3110,10 +3114,19 @@ def test_an_xz_that_is_none_is_refused_by_name(name):
         assert_damaged(name)
 
 
-def test_an_xz_that_holds_neither_a_tar_nor_a_text_is_refused_by_name():
-    for content in (flip(SMALL, 0), gzip.compress(SMALL)[:-9]):
-        put("a_data.xz", lzma.compress(content))
-        assert_damaged("a_data.xz")
+@pytest.mark.parametrize("name", ["a_data.xz", "shards.tar"])
+def test_an_xz_that_holds_something_else_than_a_tar_is_refused_by_name(name):
+    for content in (flip(SMALL, 0), b"text" * 999, b"", lzma.compress(SMALL), gzip.compress(SMALL)):
+        put(name, lzma.compress(content))
+        assert_damaged(name)
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tar.bz2", "a.tar.xz"])
+def test_a_tar_that_is_packed_in_another_way_than_its_name_says_is_refused_by_name(name):
+    for packed in (lzma.compress(SMALL), gzip.compress(SMALL), bz2.compress(SMALL), SMALL):
+        Path(name).write_bytes(packed)
+        if packed != pack(name, SMALL):
+            assert_damaged(name)
 
 
 @pytest.mark.parametrize("name", ["a.tar", *PACKED])
@@ -3122,7 +3135,7 @@ def test_tars_that_were_joined_are_refused_by_name_and_zeros_behind_the_end_are_
     train, val, _ = prepare(name)
     assert (train + val)[:3] == ["one", "two", "three"]
     put(name, pack(name, SMALL + bytes(512) + tar(texts(["four"]))))
-    assert_refused(prepare_owt.main, [name, "--out", "out"], f": {name}: ", "follows its end")
+    assert_damaged(name, "follows its end")
 
 
 # Where a tar can be damaged: cut anywhere, or with a byte of its heads changed.
@@ -3141,7 +3154,7 @@ def test_a_damaged_tar_is_refused_by_name(content):
     Path("a.tar").write_bytes(content)
     assert_damaged("a.tar")
     Path("a.tar").write_bytes(tar([("in/b.tar", content)]))
-    assert_refused(prepare_owt.main, ["a.tar", "--out", "out"], "a.tar: in/b.tar: ", "damaged")
+    assert_refused(prepare_owt.main, ["a.tar", "--out", "out"], ": a.tar/in/b.tar", "damaged: ")
 
 
 @pytest.mark.parametrize("content, line", [
@@ -3153,16 +3166,13 @@ def test_a_text_file_that_is_not_text_is_refused_by_name_and_line(content, line)
     assert sorted(os.listdir()) == ["bad.txt", "book.txt"]
 
 
-def test_an_out_that_exists_or_is_being_made_is_refused_and_stays(out):
+def test_an_out_that_exists_is_refused_and_stays(out):
     assert_refused(prepare_owt.main, ["book.txt", "--out", "out"], "out exists: delete it")
     assert_refused(prepare_owt.main, ["book.txt", "--out", "book.txt"], "book.txt exists")
     Path("link").symlink_to("nothing")
     assert_refused(prepare_owt.main, ["book.txt", "--out", "link"], "link exists")
-    Path("new.tmp").mkdir()
-    Path("new.tmp/0.text").write_text("of a preparation that was killed")
-    assert_refused(prepare_owt.main, ["book.txt", "--out", "new"], "new.tmp exists", "delete it")
-    assert_refused(gpt.main, ["--data", "new.tmp"], "vocab.json")
-    assert sorted(os.listdir()) == ["book.txt", "link", "new.tmp", "out"]
+    assert sorted(os.listdir()) == ["book.txt", "link", "out"]
+    assert len(os.listdir("out")) == 4
 
 
 @pytest.mark.parametrize("owner, name", [(prepare_owt, "write_text"), (CharTokenizer, "encode")],
@@ -3193,26 +3203,33 @@ def is_running(pid):
     return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-def test_workers_leave_ctrl_c_to_their_parent_and_end_with_it_even_if_it_is_killed():
+def start_preparation(shards):
+    """Starts it with real workers -> (process, ids of its workers); they are at work."""
     text = "".join(map(str, range(1_000_000)))  # packed, four such shards are a batch
-    shard = lzma.compress(text.encode(), preset=0)
-    Path("a.tar").write_bytes(tar([(f"{number}_data.xz", shard) for number in range(60)]))
-    words = ["a.tar", "--out", "out", "--workers", "1"]
-    process = start("prepare_owt.py", words)
-    try:
-        wait_until(lambda: list(Path("out.tmp").glob("*.text")))
-        workers = workers_of(process)
-        assert workers
-        for worker in workers:
-            os.kill(worker, signal.SIGINT)  # a terminal tells them, too
-        texts = len(list(Path("out.tmp").glob("*.text")))
-        wait_until(lambda: len(list(Path("out.tmp").glob("*.text"))) > texts + 1)
-    finally:
-        process.kill()
-        process.communicate()
+    shard = lzma.compress(tar([("a.txt", text)]), preset=0)
+    Path("a.tar").write_bytes(tar([(f"{number}_data.xz", shard) for number in range(shards)]))
+    process = start("prepare_owt.py", ["a.tar", "--out", "out"])
+    wait_until(lambda: list(Path("out").glob("*.text")))
+    return process, workers_of(process)
+
+
+def test_workers_leave_ctrl_c_to_their_parent():
+    process, workers = start_preparation(shards=12)
+    for worker in workers:
+        os.kill(worker, signal.SIGINT)  # a terminal tells them, too
+    process.communicate()
+    assert workers and process.returncode == 0
+    assert Path("out/corpus.json").exists()
+
+
+def test_workers_end_with_their_parent_even_if_it_is_killed():
+    process, workers = start_preparation(shards=60)
+    process.kill()
+    process.communicate()
     wait_until(lambda: not any(is_running(worker) for worker in workers))
-    assert not Path("out").exists()
-    assert_refused(prepare_owt.main, words, "out.tmp", "delete it")
+    assert workers
+    assert_refused(gpt.main, flags(data="out"), "out", "vocab.json")  # it is not complete
+    assert_refused(prepare_owt.main, ["a.tar", "--out", "out"], "out exists: delete it")
 
 
 def drop(name):
@@ -3241,7 +3258,7 @@ def test_a_prepared_folder_whose_files_do_not_belong_together_is_refused(damage,
     ("image.png", "no documents in these sources; not read: 1 .png"), ("none", "no documents"),
     ("many.txt", "--min_count"), ("book.txt --sample=0", "sample"),
     ("book.txt --sample=2", "sample"), ("book.txt --samp=1", "--samp"),
-    ("book.txt --workers=0", "workers"), ("book.txt --val_fraction=1", "val_fraction"),
+    ("book.txt --val_fraction=1", "val_fraction"),
     ("book.txt --val_fraction=0", "val_fraction"),
     ("short.txt --val_fraction=0.99", "too little text"),
     ("book.txt --min_count=0", "min_count"), ("book.txt --min_count=-1", "min_count"),
@@ -3254,4 +3271,4 @@ def test_a_mistake_in_preparation_is_one_line_and_exit_status_2(words, named):
         Path(name).write_text("x" * 600)
     Path("none").mkdir()
     assert_refused(prepare_owt.main, ["--out=out", *words.split()], named)
-    assert not Path("out.tmp").exists()
+    assert not Path("out").exists()
