@@ -434,8 +434,10 @@ def make_optimizers(model, config):
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms multiply no inputs
     muon = []
-    if config.optimizer == "muon":  # another optimizer, for some of the matrices: see part two
-        matrices, muon = make_muon(model, matrices, config)
+    if config.optimizer == "muon":  # in part two: another optimizer, for the matrices of the blocks
+        inside = set(model.blocks.parameters())
+        muon = [Muon([p for p in matrices if p in inside], config)]
+        matrices = [p for p in matrices if p not in inside]
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
     # betas: the two numbers above. fused: all weights in one call, which is faster.
@@ -881,15 +883,13 @@ def check_weights(saved):
         raise ValueError("no vocabulary")
     with torch.device("meta"):
         model = GPT(Config(**saved["config"]), tokenizer.vocab_size)
-    expected = shapes_of(model.state_dict())
+    expected = model.state_dict()
     for weights in (saved["model"], saved["best"]):
-        if shapes_of(weights) != expected or not are_finite(weights):
+        if weights.keys() != expected.keys() or not are_finite(weights):
             raise ValueError("other weights")
-
-
-def shapes_of(weights):
-    """{name: tensor} -> {name: shape}."""
-    return {name: tensor.shape for name, tensor in weights.items()}
+        for name in expected:
+            if weights[name].shape != expected[name].shape:
+                raise ValueError(name)
 
 
 def are_finite(weights):
@@ -1255,14 +1255,6 @@ def explain(error, config):
     origin = type(error).__module__  # where this kind of error is defined
     if origin.startswith("torch._"):  # torch._dynamo or torch._inductor, parts of the compiler
         raise ValueError(f"torch.compile failed, try --no-compile: {str(error)[:200]}") from error
-
-
-def make_muon(model, matrices, config):
-    """Returns (the matrices that are left to AdamW, [Muon] for those of the blocks)."""
-    inside = set(model.blocks.parameters())  # (in a list, "in" would compare number by number)
-    for_muon = [p for p in matrices if p in inside]
-    for_adamw = [p for p in matrices if p not in inside]
-    return for_adamw, [Muon(for_muon, config)]
 
 
 class Muon(torch.optim.Optimizer):
