@@ -35,12 +35,12 @@ class Config:
     it is used. (A dataclass lists names, types and values. Config() has the values below, and
     Config(n_layer=2) has the same, except that n_layer is 2. A value that cannot work raises
     ValueError.)"""
-    data: str = ""                # text file, folder of texts or of prepare_owt.py, .jsonl of pairs
+    data: str = ""                # file or folder: text, pairs (.jsonl), or made by prepare_owt.py
     out: str = ""                 # file to save the model in; if empty, it is named after the data
     init_from: str = ""           # file of a trained model to start from (fine-tuning)
     batch_size: int = 16          # texts worked on at once: B
     block_size: int = 128         # characters that the model sees at most: T
-    grad_accum: int = 1           # batches for each training step
+    grad_accum: int = 1           # batches that are added up for each training step
     max_iters: int = 1920         # training steps in all
     n_embd: int = 128             # numbers that describe each character: C
     n_head: int = 4               # attention heads: H
@@ -50,7 +50,7 @@ class Config:
     learning_rate: float = 3e-3   # size of a training step at its largest
     weight_decay: float = 0.2     # how strongly weights are pulled to 0
     warmup_iters: int = 100       # steps in which the learning rate climbs
-    grad_clip: float = 1.0        # limit for the norm of the gradients; 0: no limit
+    grad_clip: float = 1.0        # limit for the size of all gradients together; 0: no limit
     eval_interval: int = 320      # steps from one evaluation to the next; each saves the model
     eval_iters: int = 20          # batches that an evaluation reads
     seed: int = 1337              # where the random numbers start
@@ -121,7 +121,7 @@ def load_data(config, chars=""):
         found = set()
         for piece in read_documents(names):
             found.update(piece)
-        tokenizer = tokenizer_for(found, chars)  # a CharTokenizer of chars, or else of found
+        tokenizer = tokenizer_for(found, chars)  # CharTokenizer(chars or found)
         # ... and then for their ids.
         ids = encode_pieces(read_documents(names), tokenizer)
         cut = int(0.9 * len(ids))
@@ -177,9 +177,9 @@ class Head(nn.Module):
         # (T, T), the score of each query with each key. The inner sizes, D and D, must agree. This
         # is done for each text and each head by itself.
         scores = q @ k.transpose(-2, -1)                          # (B, H, T, T)
-        # A dot product is a sum of D numbers, positive and negative. Such sums are about sqrt(D)
-        # large, as D steps left or right at random lead about sqrt(D) far away. With large scores,
-        # one character would get nearly the whole share, and the others no say.
+        # A dot product is a sum of D numbers, positive and negative. With D = 32, such sums mostly
+        # lie between -6 and 6, with D = 10,000 between -100 and 100: they grow like sqrt(D). With
+        # large scores, one character would get nearly the whole share, and the others no say.
         scores = scores / math.sqrt(D)
         # A character sees itself and those before it. What comes later is hidden, because the model
         # shall learn to predict it. tril keeps the lower triangle of a table of True. (The course
@@ -194,9 +194,9 @@ class Head(nn.Module):
     def forward(self, q, k, v):
         # PyTorch does all of this in one call, which is faster. is_causal means the mask. While the
         # model writes, it reads one new character at a time: a single query, which may see all that
-        # came before, so it needs no mask. (torch.export needs the bool.)
-        several = bool(q.shape[-2] > 1)
-        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=several)
+        # came before, so it needs no mask.
+        single = q.shape[-2] == 1
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=not single)
 
 
 class MultiHeadAttention(nn.Module):
@@ -263,7 +263,8 @@ class Block(nn.Module):
     scales the C numbers of each character, so that their mean is 0 and their variance 1: otherwise
     they would grow from sum to sum.
     The norm comes after the sum (post-norm), as in the course. GPT-2 puts it before attention and
-    before feed-forward (pre-norm), which makes models of many layers easier to train.
+    before feed-forward (pre-norm): then no norm stands between one sum and the next, which makes
+    models of many layers easier to train.
     The first Transformer had two halves, to translate: an encoder read one language, a decoder
     wrote the other. This is the decoder alone."""
 
@@ -343,9 +344,9 @@ class GPT(nn.Module):
         and values of those before it, and they stay valid: a character sees only what comes before
         it, so nothing that is written later can change what it knows.
         The model sees block_size characters. When the text is longer, only its last half is kept.
-        Its characters now have other positions, counted from 0, so their keys and values are not
-        the same. So cache is emptied, and the half is read as a text of its own. This happens once
-        in block_size / 2 characters."""
+        The first character of that half now has position 0. A key is made from a character and its
+        position, so the old ones are wrong: cache is emptied, and the half is read again. This
+        happens once in block_size / 2 characters."""
         index = index[:, -self.config.block_size:]            # crop to what the model can see
         cache = {}
         start = 0                                             # position of the first one to read
@@ -426,15 +427,15 @@ def make_optimizers(model, config):
         average = 0.9 * average + 0.1 * gradient         (momentum, against the noise of batches)
         square = 0.99 * square + 0.01 * gradient ** 2    (from an older optimizer, RMSprop)
         weight = weight - learning_rate * average / sqrt(square)
-    If a gradient is always 5, it moves its weight by learning_rate * 5 / 5. If it is always 0.005,
-    that is learning_rate * 0.005 / 0.005, which is the same: weights with small gradients learn as
-    fast as others. The W (Loshchilov and Hutter 2017) is for weight decay: each step also makes all
-    matrices a little smaller. Learning by heart means to treat texts differently that are almost
-    the same, and only large weights turn small differences into large ones."""
+    If a gradient is always 5, average becomes 5 and square 25, so the weight is moved by
+    learning_rate * 5 / 5. If it is always 0.005, that is learning_rate * 0.005 / 0.005, which is
+    the same: weights with small gradients learn as fast as others. The W (Loshchilov and Hutter
+    2017) is for weight decay: each step also makes all matrices a little smaller. To know texts by
+    heart, a model has to react strongly to tiny differences, and that takes large weights."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]  # biases and norms multiply no inputs
+    vectors = [p for p in model.parameters() if p.ndim < 2]  # few numbers, which need no decay
     muon = []
-    if config.optimizer == "muon":  # in part two: another optimizer, for the matrices of the blocks
+    if config.optimizer == "muon":  # another optimizer, for the blocks' matrices: see part two
         inside = set(model.blocks.parameters())
         muon = [Muon([p for p in matrices if p in inside], config)]
         matrices = [p for p in matrices if p not in inside]
@@ -466,7 +467,7 @@ def training_step(model, optimizers, batches, config, step):
     this is gradient accumulation, for a batch that is too large for the memory."""
     total = 0.0
     for seed, x, y in batches:
-        torch.manual_seed(seed)  # for dropout: so a step can be done again with the same result
+        torch.manual_seed(seed)  # for dropout: so a killed run can repeat its last steps exactly
         with autocast(config):
             _, loss = model(x, y)
         loss = loss / len(batches)  # so that they add up to the mean, as in one large batch
@@ -511,7 +512,7 @@ def learn(model, splits, config):
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-STOP = []  # empty, until a signal such as Ctrl-C asks this program to end: see ask_to_stop
+STOP = []  # empty, until Ctrl-C or another signal asks this program to end: see ask_to_stop
 
 
 # -------------------------------- a run ---------------------------------------------------------
@@ -562,9 +563,10 @@ def do_steps(run):
 
 
 def draw_batches(data, config, step):
-    """Yields the batches of a step: (seed for dropout, x, y). Several processes share them: of two,
-    the first takes number 0, 2, 4 and so on. All that is random follows from seed and step, so it
-    is the same when a step is repeated, and however many processes there are."""
+    """Yields the batches of a step: (seed for dropout, x, y). Several processes share them: with two
+    processes and four batches, process 0 takes numbers 0 and 2, and process 1 takes 1 and 3. All
+    that is random follows from seed and step, so it is the same when a step is repeated, and
+    however many processes there are."""
     rng = np.random.default_rng((config.seed, step))  # random numbers that follow from both
     size = (config.grad_accum, config.batch_size)
     starts = rng.integers(0, len(data) - config.block_size, size)  # a row for each batch
@@ -629,8 +631,8 @@ class Run:
 
     def best_step(self):
         """The step with the best weights: the one with the lowest val, except step 0, where nothing
-        was learned yet. For pairs it is the latest step: there, val is the loss on questions that
-        the model has never seen, and says nothing about those that it is to learn."""
+        was learned yet. For pairs it is the latest step: the model is to learn the answers that it
+        is told, by heart, and val is about questions whose answers it was never told."""
         vals = {step: losses["val"] for step, losses in self.losses.items() if step > 0}
         if kind_of(self.config.data) == "pairs" or not vals:
             return self.step
@@ -701,9 +703,9 @@ class Run:
 # A setting that the user does not give comes from the checkpoint, or else from the defaults.
 # These settings describe the model. Fine-tuning takes them from the checkpoint, and no others.
 ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer")
-# A run that carries on takes all settings from the checkpoint but these: its machine may be new.
+# A run that carries on takes all settings from it but these, as it may be on another machine now.
 OF_THE_MACHINE = ("out", "device", "dtype", "compile")
-# These may be given anew when a run carries on. (data may be another path to the same text.)
+# For these, a flag may say something else than the checkpoint. (data: a new path to the same text.)
 MAY_CHANGE = OF_THE_MACHINE + ("data", "max_iters", "eval_interval", "eval_iters")
 CHOICES = {"optimizer": ("adamw", "muon"),
            "device": ("cpu", "cuda", "mps"),
@@ -760,7 +762,7 @@ def choose_settings(given):
         source = os.path.abspath(config.data or "model")  # so that the folder "." has a name, too
         out = Path(source).stem + ".pkl"                  # book.txt gives book.pkl
     folder = os.path.dirname(os.path.realpath(out))  # realpath: out may be a link to a file
-    if RANK == 0 and not os.path.isdir(folder):
+    if RANK == 0 and not os.path.isdir(folder):  # only process 0 will save
         raise ValueError(f"{out} cannot be saved: there is no folder {folder}")
     saved = find_checkpoint(out)
     carries_on = bool(saved)
@@ -796,7 +798,7 @@ def refuse_changes(path, saved, config, taken_over):
     may_change = MAY_CHANGE
     texts_before = before["batch_size"] * before["grad_accum"]
     texts_after = after["batch_size"] * after["grad_accum"]
-    if texts_before == texts_after:  # a step has as many texts, only divided in another way
+    if texts_before == texts_after:  # such as 16 * 1 and 8 * 2: the steps stay the same
         may_change = may_change + ("batch_size", "grad_accum")
     for name in taken_over:
         changed = before[name] != after[name]
@@ -813,7 +815,7 @@ def find_checkpoint(path):
     if RANK == 0 and os.path.exists(path):
         saved = load_checkpoint(path)
     if WORLD > 1:
-        parcel = [saved]  # process 0 sends what is in it; in the others, it is filled with that
+        parcel = [saved]  # process 0 sends what is in this list, and the others receive it there
         torch.distributed.broadcast_object_list(parcel, device=torch.device("cpu"))
         saved = parcel[0]
     return saved
@@ -865,7 +867,7 @@ def check_parts(file):
     damaged. torch.load does not look at it, so a damaged weight would pass for a good one."""
     with zipfile.ZipFile(file) as parts:
         damaged = parts.testzip()
-        # Attributes (on other zips, file permissions) have no checksum. torch.save leaves them 0.
+        # The checksums do not cover these. In a good file, they are 0: anything else is damage.
         attributes = [part.external_attr for part in parts.infolist()]
     if damaged or any(attributes):
         raise ValueError("damaged")
@@ -902,14 +904,14 @@ def are_finite(weights):
 
 def restore(optimizers, states, path):
     """Gives optimizers back what they remember of each weight, as AdamW its two averages.
-    states: for each optimizer, {number of a weight: {name: tensor}}. ValueError if the sizes do not
-    fit: PyTorch does not look at them here, but relies on them later."""
+    states: for each optimizer, what it remembers of weight 0, 1 and so on: {0: {name: tensor}, ...}
+    ValueError if the sizes do not fit: PyTorch does not look at them here, but relies on them."""
     try:
         for optimizer, state in zip(optimizers, states, strict=True):
             whole = optimizer.state_dict()  # its settings ("param_groups") and its "state"
             whole["state"] = state
-            optimizer.load_state_dict(whole)  # in optimizer.state, weights stand for their numbers
-            for weight, kept in optimizer.state.items():
+            optimizer.load_state_dict(whole)
+            for weight, kept in optimizer.state.items():  # {weight: {name: tensor}, ...}
                 check_kept(kept, weight)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: what its optimizer kept does not fit the model: {error}")
@@ -988,8 +990,8 @@ def read_documents(names):
         yield END
 
 
-# What shows that a file is no text: a NUL, or a byte that cannot be decoded. For such bytes, Python
-# has 128 codes that are used for nothing else (errors="surrogateescape").
+# What shows that a file is no text: a NUL, or a byte that cannot be decoded. With surrogateescape,
+# Python makes the code U+DCE9 of such a byte 0xE9, and so on; no text has these codes.
 NOT_TEXT = re.compile("[\\0\udc80-\udcff]")
 
 
@@ -1028,7 +1030,8 @@ def clean(text):
 
 
 def codes_of(text):
-    """A text -> the number of each character in Unicode, an array of uint32: "hi" is 104, 105."""
+    """A text -> the number of each character in Unicode, an array of uint32: "hi" is 104, 105.
+    It does what [ord(char) for char in text] does, only faster."""
     # surrogatepass: no error, whatever is in the text
     data = text.encode("utf-32-le", "surrogatepass")  # each number in 4 bytes
     return np.frombuffer(data, np.uint32)             # the same 4 bytes, as an array of numbers
@@ -1036,7 +1039,7 @@ def codes_of(text):
 
 def tokenizer_for(found, chars):
     """The tokenizer for a text in which these characters were found. If chars is not empty, it is
-    the vocabulary of a model, which reads all other characters as UNK. A line says which."""
+    the vocabulary of a model, which reads all other characters as UNK. This prints some of them."""
     unknown = sorted(set(found) - set(chars))
     if chars and unknown:
         share = f"{len(unknown):,} of {len(found):,} different characters"
@@ -1061,7 +1064,7 @@ ANSWERS = ("completion", "answer", "response", "output")
 
 
 def load_pairs(config, chars):
-    """Prompts with their answers -> (splits, tokenizer). A tenth of the pairs is kept back for val.
+    """Pairs of prompt and answer -> (splits, tokenizer). A tenth of them is kept back, for val.
     In each split, the pairs are shuffled and written one after the other, and this is repeated
     until there are a million characters: if they were always in the same order, the model would
     learn which question follows which."""
@@ -1074,7 +1077,7 @@ def load_pairs(config, chars):
     rng = random.Random(config.seed)
     splits = {}
     for name, part in (("train", pairs[:cut]), ("val", pairs[cut:])):
-        once = sum(len(pair) for pair in part)  # characters (never 0, as each pair has an END)
+        once = sum(len(pair) for pair in part)  # characters, at least 2, as there are two pairs
         pieces = []
         for _ in range(math.ceil(1e6 / once)):
             rng.shuffle(part)
@@ -1160,7 +1163,7 @@ def fingerprint(splits):
     for name, ids in splits.items():
         checksum = 0
         for start in np.linspace(0, len(ids), 1000, endpoint=False, dtype=np.int64):
-            checksum = zlib.crc32(ids[start : start + 2**14], checksum)  # goes on from the last
+            checksum = zlib.crc32(ids[start : start + 2**14], checksum)  # of all pieces so far
         found[name] = [len(ids), checksum]
     return found
 
@@ -1177,9 +1180,9 @@ def build(config, vocab_size):
     fast_model = model
     if config.compile:
         mode = "default"
-        # Python is often too slow to tell a GPU what to do next. In this mode, the GPU records all
-        # that it does for a batch, and then repeats it without Python (a CUDA graph). But the
-        # gradients of a second batch would overwrite those of the first: so it is for single ones.
+        # In this mode, the GPU records all that it does for a batch, and then repeats it, which is
+        # faster than to be told each time (a CUDA graph). But it cannot add up gradients then, as
+        # it would have to for several batches.
         if config.device == "cuda" and config.grad_accum == 1:
             mode = "reduce-overhead"
         fast_model = torch.compile(model, mode=mode)
@@ -1204,7 +1207,7 @@ def prepare_device(config):
     torch.cuda.set_device(LOCAL_RANK)
     torch.set_float32_matmul_precision("high")  # below "highest": fewer digits, but far faster
     # PyTorch has several ways to compute attention (sdp). That of NVIDIA's library cuDNN has to get
-    # ready for each length of text, and a text that is being written is longer each time.
+    # ready for each length of text, which takes long when each character makes a new length.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -1259,12 +1262,13 @@ def explain(error, config):
 
 class Muon(torch.optim.Optimizer):
     """An optimizer for matrices that often needs fewer steps than AdamW (Jordan 2024).
-    AdamW treats each number of a matrix by itself, Muon the matrix as a whole. Every matrix is a
-    sum of patterns, each of them a column times a row with a strength in front, for example
-    0.9 * [[1], [2]] @ [[3, 4]]. In a gradient, a few patterns are strong, as many examples agree on
-    them, and most are weak. Muon makes all of them about equally strong (see equalize), so that
-    what is rare is learned as fast as what is frequent. Before that, it averages the gradients of
-    some twenty steps, against noise. Its steps are as large as AdamW's: one rate serves both."""
+    AdamW treats each number of a matrix by itself, Muon the matrix as a whole. A simple matrix is
+    a column times a row: [[1], [2]] @ [[3, 4]] is [[3, 4], [6, 8]]. Let us call this a pattern.
+    Every matrix is a sum of a few patterns, each with a strength in front. In a gradient, some
+    patterns are strong, as many examples agree on them, and most are weak. Muon makes all of them
+    about equally strong (see equalize), so that what is rare is learned as fast as what is
+    frequent. Before that, it averages the gradients of some twenty steps, against noise. Its steps
+    are as large as AdamW's, so that one learning rate serves both."""
 
     def __init__(self, matrices, config):
         self.config = config
@@ -1289,12 +1293,13 @@ class Muon(torch.optim.Optimizer):
                     kept["momentum_buffer"] = torch.zeros_like(weight)
                 average = kept["momentum_buffer"]
                 average.lerp_(weight.grad, 0.05)  # average = 0.95 * average + 0.05 * gradient
-                # The same once more, so that the newest gradient counts a little more (Nesterov).
+                # 0.95 * average + 0.05 * gradient again: the newest one counts more (Nesterov).
                 moves.append(weight.grad.lerp(average, 0.95))
             with autocast(self.config):  # for speed, and 16 bits are enough
                 moves = equalize(torch.stack(moves))
-            # The numbers from equalize are about 1 / sqrt(max(shape)). This makes them about 0.2,
-            # which was found to be how far AdamW moves weights, on average (Liu et al. 2025).
+            # When all n patterns of a matrix have strength 1, the squares of its numbers add up to
+            # n. There are n * max(shape) numbers, so they are about 1 / sqrt(max(shape)) each. This
+            # makes them 0.2, which is about how far AdamW moves a weight (Liu et al. 2025).
             size = 0.2 * math.sqrt(max(shape))
             for weight, move in zip(weights, moves):
                 weight.mul_(1 - decay)
@@ -1303,14 +1308,14 @@ class Muon(torch.optim.Optimizer):
 
 def equalize(x):
     """Makes the patterns in matrices, (n, rows, columns), about equally strong (see Muon).
-    Take a matrix with 0.9 and 0.1 on its diagonal and 0 elsewhere: these are the strengths of its
-    two patterns. The product of two such matrices has the products of these numbers on its
-    diagonal. So one round of the loop below replaces each number f by
+    If a matrix has numbers only on its diagonal, such as 0.9 and 0.1, these are the strengths of
+    its patterns. The product of two such matrices has the products of these numbers. So one round
+    of the loop below replaces each number f by
         3.4445 * f - 4.7750 * f ** 3 + 2.0315 * f ** 5
-    which makes 0.82 of 0.9, and 0.34 of 0.1. After five rounds, both are between 0.68 and 1.14, and
-    so is all that began above 0.01. It works for every other matrix, too: this one has to take on
-    trust, or look up under singular values. (Jordan found the three numbers by experiment. Such a
-    loop is called a Newton-Schulz iteration.)"""
+    In five rounds, 0.1 becomes 0.34, 0.99, 0.71, 1.11 and 0.71, and 0.9 becomes 0.82, 0.95, 0.75,
+    1.05 and 0.68. All that began above 0.01 ends between 0.68 and 1.14. The loop does the same to
+    the patterns of any other matrix. You may take this on trust, or look up singular values. (The
+    numbers are Jordan's, found by experiment; the method is called a Newton-Schulz iteration.)"""
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT  # rows become columns: so the products below are smaller
@@ -1319,7 +1324,7 @@ def equalize(x):
     x = x / norm.clamp(min=1e-7)
     one = torch.eye(x.shape[1], device=x.device)  # one @ x is x
     for _ in range(5):
-        square = x @ x.mT
+        square = x @ x.mT  # f ** 2
         x = (3.4445 * one - 4.7750 * square + 2.0315 * (square @ square)) @ x
     if is_tall:
         x = x.mT
@@ -1344,7 +1349,7 @@ def printable(text):
     """Some characters would move a terminal's cursor, or do worse. They become UNK."""
     control = r"\x00-\x08\x0b-\x1f\x7f-\x9f"    # but not \x09 and \x0a, tab and line end
     direction = r"\u202a-\u202e\u2066-\u2069"  # would turn the direction of writing
-    halves = r"\ud800-\udfff"                   # of characters, which cannot be printed
+    halves = r"\ud800-\udfff"                   # halves of characters, which cannot be printed
     return re.sub(f"[{control}{direction}{halves}]", UNK, text)
 
 
@@ -1426,9 +1431,9 @@ def make_parser():
                     usage="python gpt.py [--data book.txt] [--max_iters 500] ...",
                     argument_default=argparse.SUPPRESS)  # flags that are not given are left out
     comments = {}
-    for line in inspect.getsource(Config).splitlines():  # such as: "    data: str = ""  # text ..."
-        code, _, comment = line.partition("  # ")
-        name = code.split(":")[0].strip()
+    for line in inspect.getsource(Config).splitlines():  # '    seed: int = 1337   # where the ...'
+        code, _, comment = line.partition("  # ")        # '    seed: int = 1337 ', 'where the ...'
+        name = code.split(":")[0].strip()                # 'seed'
         comments[name] = comment
     on_this_device = Config(**defaults_for(Config.device))
     defaults = asdict(on_this_device)
@@ -1447,7 +1452,7 @@ def catch_signals():
     """From now on, Ctrl-C, the command kill and a terminal that is closed call ask_to_stop."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
-        # A signal that is ignored stays so: the command nohup does that, to outlive the terminal.
+        # The command nohup has SIGHUP ignored, to outlive the terminal, and so it stays ignored.
         if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, ask_to_stop)
 
@@ -1469,6 +1474,6 @@ def set_up_streams():
 
 if __name__ == "__main__":
     set_up_streams()
-    if WORLD == 1 and "--tune" not in sys.argv:  # these end at once, and nothing is saved
+    if WORLD == 1 and "--tune" not in sys.argv:  # other commands just end, without saving
         catch_signals()
     main()
