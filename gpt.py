@@ -563,10 +563,10 @@ def do_steps(run):
 
 
 def draw_batches(data, config, step):
-    """Yields the batches of a step: (seed for dropout, x, y). Several processes share them: with two
-    processes and four batches, process 0 takes numbers 0 and 2, and process 1 takes 1 and 3. All
-    that is random follows from seed and step, so it is the same when a step is repeated, and
-    however many processes there are."""
+    """Yields the batches of a step: (seed for dropout, x, y). If there are two processes and four
+    batches, process 0 takes numbers 0 and 2, and process 1 takes 1 and 3. All that is random
+    follows from the run's seed and the step: it is the same when a step is repeated, and however
+    many processes there are."""
     rng = np.random.default_rng((config.seed, step))  # random numbers that follow from both
     size = (config.grad_accum, config.batch_size)
     starts = rng.integers(0, len(data) - config.block_size, size)  # a row for each batch
