@@ -155,13 +155,13 @@ def get_batch(data, config, starts):
 # -------------------------------- model ---------------------------------------------------------
 class Head(nn.Module):
     """Self-attention: each character looks at those before it (Vaswani et al. 2017).
-    Each character has three lists of D numbers, made by MultiHeadAttention below. Its query says
-    what it is looking for, its key what it contains, its value what it passes on. For example, the
-    query of a vowel may fit the keys of consonants. How well a query and a key fit is a score:
-    their dot product (multiply number by number, then add up). The scores become shares, which add
-    up to 1, and by these shares each character mixes the values of those that it sees. Older
-    networks, called recurrent, read one character after the other. Here all characters look back at
-    the same time, which is what GPUs are good at.
+    Each character has three lists of D numbers. Its query says what it is looking for, its key what
+    it contains, its value what it passes on. MultiHeadAttention, below, makes these lists with
+    matrices that are learned, so nobody decides what the numbers mean. How well a query and a key
+    fit is a score: their dot product (multiply number by number, then add up). The scores become
+    shares, which add up to 1, and by these shares each character mixes the values of those that it
+    sees. Older networks, called recurrent, read one character after the other. Here all characters
+    look back at the same time, which is what GPUs are good at.
     All this together is a head. There are H of them, side by side, and one call does the work of
     all: q, k and v, the queries, keys and values, are (B, H, T, D). (The course has a module for
     each head, which computes the same, only more slowly.)
@@ -189,12 +189,13 @@ class Head(nn.Module):
         # Softmax makes shares of the scores in a row: e ** score, divided by the sum of all of
         # these. The share of a hidden character is e ** -inf, which is 0.
         shares = scores.softmax(dim=-1)                           # (B, H, T, T)
+        # For each character: the values of all that it sees, each times its share, added up.
         return shares @ v                                         # (B, H, T, D)
 
     def forward(self, q, k, v):
-        # PyTorch does all of this in one call, which is faster. is_causal means the mask. While the
-        # model writes, it reads one new character at a time: a single query, which may see all that
-        # came before, so it needs no mask.
+        # PyTorch does all of this in one call, which is faster. is_causal means the mask. When the
+        # model writes (see GPT.stream), it reads one new character at a time. This is a single
+        # query, which may see all that came before, so there is no mask.
         single = q.shape[-2] == 1
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=not single)
 
@@ -221,13 +222,14 @@ class MultiHeadAttention(nn.Module):
         D = C // H
         # One product makes the queries, keys and values of all heads, side by side.
         q, k, v = self.qkv(x).split(C, dim=2)        # (B, T, 3 C) -> (B, T, C) each
-        # view divides the C numbers of each character among the heads; transpose lets T and H
-        # change places, so that each head has the whole text.
+        # view divides the C numbers of each character among the heads: if C is 6 and H is 2, six
+        # numbers become two rows of three. transpose lets T and H change places, so that each head
+        # has the whole text.
         q = q.view(B, T, H, D).transpose(1, 2)       # (B, T, C) -> (B, T, H, D) -> (B, H, T, D)
         k = k.view(B, T, H, D).transpose(1, 2)
         v = v.view(B, T, H, D).transpose(1, 2)
-        # Only when the model writes is there a cache. Then x has just the newest character, and the
-        # keys and values of those before it are in the cache (GPT.stream says why they may stay
+        # In training there is no cache. When the model writes, x is just the newest character, and
+        # the keys and values of those before it are in the cache (GPT.stream says why they may stay
         # there). It is a dictionary with an entry for each such module: {module: (keys, values)}.
         if cache is not None:
             if self in cache:
@@ -236,7 +238,8 @@ class MultiHeadAttention(nn.Module):
                 v = torch.cat((old_v, v), dim=2)
             cache[self] = (k, v)
         x = self.head(q, k, v)                       # (B, H, T, D)
-        # Heads side by side again. (reshape, since view works only until numbers are transposed.)
+        # Heads side by side again. (transpose only changes in which order memory is read, and view
+        # needs the numbers in their order there. reshape copies them if they are not.)
         x = x.transpose(1, 2).reshape(B, T, C)
         return self.dropout(self.proj(x))
 
@@ -284,9 +287,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The model: for each character of a text, it scores each character that could come next.
     An embedding is a table with a row of C numbers for each id: what the model knows of that
-    character. Attention does not see where characters stand, so a second table has a row for each
-    position. All these numbers are learned. (The first Transformer computed its rows of positions
-    with sines.)"""
+    character. Attention does not see where characters stand: to the next one, "ab" is the same as
+    "ba". So a second table has a row for each position. All these numbers are learned. (The first
+    Transformer computed its rows of positions with sines.)"""
 
     def __init__(self, config, vocab_size):
         super().__init__()
@@ -336,13 +339,13 @@ class GPT(nn.Module):
         loss = nn.functional.cross_entropy(scores, targets.flatten())
         return logits, loss
 
-    @torch.inference_mode()  # PyTorch keeps nothing for backward, which only training needs
+    @torch.inference_mode()  # PyTorch keeps nothing for backward, which is a part of training_step
     def stream(self, index, max_new_tokens, temperature=1.0, top_k=None):
         """Continues a text: yields one new character after the other, (B, 1).
         index: the ids of the text, int64 (B, T), with T >= 1. temperature and top_k: see draw.
         First the whole text is read, then each time only the newest character. cache keeps the keys
-        and values of those before it, and they stay valid: a character sees only what comes before
-        it, so nothing that is written later can change what it knows.
+        and values of those before it, and they stay valid: in every layer, a character sees only
+        what comes before it, so nothing that is written later can change what it knows.
         The model sees block_size characters. When the text is longer, only its last half is kept.
         The first character of that half now has position 0. A key is made from a character and its
         position, so the old ones are wrong: cache is emptied, and the half is read again. This
@@ -355,7 +358,7 @@ class GPT(nn.Module):
             logits, _ = self(unread, cache=cache, start=start)
             newest = draw(logits[:, -1], temperature, top_k)  # from the last position's scores
             yield newest                                      # hands it out, and goes on from here
-            start = index.shape[1]                            # all of these have been read
+            start = index.shape[1]                            # after "hel" was read: 3
             index = torch.cat((index, newest), dim=1)
             if index.shape[1] > self.config.block_size:       # too long
                 half = max(1, self.config.block_size // 2)
@@ -394,7 +397,7 @@ def autocast(config):
     return torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
 
-@torch.no_grad()  # does the same as inference_mode, which is newer
+@torch.no_grad()  # an older inference_mode, which the course uses
 def estimate_loss(model, splits, config):
     """The mean loss of each split, over eval_iters batches: {"train": float, "val": float}.
     The batches are spread evenly over the split, and are the same every time, so that evaluations
@@ -461,8 +464,8 @@ def learning_rate(step, config):
 def training_step(model, optimizers, batches, config, step):
     """One step of training: forward, backward, step. Returns the mean loss.
     backward finds the gradients of all weights, and leaves each in weight.grad. It goes through the
-    computation from the loss back to the first layer, by the chain rule: if a weight changes a
-    score twice as fast, and this score the loss three times as fast, the gradient is 2 * 3.
+    computation from the loss back to the first layer, by the chain rule: if a score grows by 2 when
+    a weight grows by 1, and the loss by 3 when the score grows by 1, then the gradient is 2 * 3.
     batches: a list of (seed for dropout, x, y). If there is more than one, their gradients add up:
     this is gradient accumulation, for a batch that is too large for the memory."""
     total = 0.0
@@ -512,7 +515,7 @@ def learn(model, splits, config):
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-STOP = []  # empty, until Ctrl-C or another signal asks this program to end: see ask_to_stop
+STOP = []  # ask_to_stop puts a signal into this list, such as Ctrl-C, to make the program end
 
 
 # -------------------------------- a run ---------------------------------------------------------
@@ -631,8 +634,8 @@ class Run:
 
     def best_step(self):
         """The step with the best weights: the one with the lowest val, except step 0, where nothing
-        was learned yet. For pairs it is the latest step: the model is to learn the answers that it
-        is told, by heart, and val is about questions whose answers it was never told."""
+        was learned yet; or else the latest step. For pairs it is always the latest: the model is to
+        learn answers by heart, and val is about answers that it was never told."""
         vals = {step: losses["val"] for step, losses in self.losses.items() if step > 0}
         if kind_of(self.config.data) == "pairs" or not vals:
             return self.step
@@ -701,7 +704,7 @@ class Run:
 
 # -------------------------------- settings ------------------------------------------------------
 # A setting that the user does not give comes from the checkpoint, or else from the defaults.
-# These settings describe the model. Fine-tuning takes them from the checkpoint, and no others.
+# These describe the model. Fine-tuning takes them from the checkpoint, and chooses all others anew.
 ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer")
 # A run that carries on takes all settings from it but these, as it may be on another machine now.
 OF_THE_MACHINE = ("out", "device", "dtype", "compile")
@@ -722,7 +725,7 @@ def check(config):
         name = field.name
         value = getattr(config, name)
         if field.type is float and type(value) is int:
-            value = float(value)  # 1 will do for 1.0
+            value = float(value)  # 1 passes for 1.0
         if type(value) is not field.type:
             kind = field.type.__name__
             raise ValueError(f"{name} must be of type {kind}, not {value!r}")
@@ -857,14 +860,15 @@ def load_checkpoint(path):
             if is_out_of_memory(error):
                 raise ValueError(f"{path} does not fit in memory")
             raise ValueError(f"{path} is no checkpoint of gpt.py, or it is damaged")
-    if not same_version:
+    if not same_version:  # not inside of try, where it would get the message above
         raise ValueError(f"{path} was made by another version of gpt.py, with other settings")
     return saved
 
 
 def check_parts(file):
-    """A zip has a checksum for each part, a file in it: a number that no longer fits if the part is
-    damaged. torch.load does not look at it, so a damaged weight would pass for a good one."""
+    """A zip is made of parts. For each it has a checksum, a number that is computed from the part
+    and no longer fits it if the part is damaged. torch.load does not look at it, so a damaged
+    weight would pass for a good one."""
     with zipfile.ZipFile(file) as parts:
         damaged = parts.testzip()
         # The checksums do not cover these. In a good file, they are 0: anything else is damage.
@@ -1003,14 +1007,14 @@ def read_text(path):
         encoding = encoding_of(file.peek(2))  # peek: look at the first bytes, and leave them there
         text = io.TextIOWrapper(file, encoding, errors="surrogateescape")
         try:
-            while piece := text.read(2**20):  # until nothing is left
+            while piece := text.read(2**20):  # := assigns; what is assigned is empty at the end
                 bad = NOT_TEXT.search(piece)
                 if bad:
                     line += piece.count("\n", 0, bad.start())
                     raise ValueError(f"{path}, line {line:,}: this is not {encoding} text; save it "
                                      "as UTF-8, or use prepare_owt.py for an archive")
                 line += piece.count("\n")
-                yield piece.replace(END, UNK)
+                yield piece.replace(END, UNK)  # see clean
         except UnicodeDecodeError as error:  # damaged UTF-16 ends up here
             raise ValueError(f"{path}, from line {line:,} on: {error}")
 
@@ -1032,9 +1036,10 @@ def clean(text):
 def codes_of(text):
     """A text -> the number of each character in Unicode, an array of uint32: "hi" is 104, 105.
     It does what [ord(char) for char in text] does, only faster."""
-    # surrogatepass: no error, whatever is in the text
-    data = text.encode("utf-32-le", "surrogatepass")  # each number in 4 bytes
-    return np.frombuffer(data, np.uint32)             # the same 4 bytes, as an array of numbers
+    # UTF-32 has 4 bytes for each number, as has an array of uint32. (surrogatepass: no error,
+    # whatever is in the text.)
+    data = text.encode("utf-32-le", "surrogatepass")
+    return np.frombuffer(data, np.uint32)
 
 
 def tokenizer_for(found, chars):
@@ -1234,8 +1239,9 @@ def average_gradients(model):
         return
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     vector = nn.utils.parameters_to_vector(gradients)
-    torch.distributed.all_reduce(vector)  # now vector is the sum over all processes
-    nn.utils.vector_to_parameters(vector / WORLD, gradients)  # overwrites the gradients
+    torch.distributed.all_reduce(vector)  # vector is now the sum of the vectors of all processes
+    vector /= WORLD
+    nn.utils.vector_to_parameters(vector, gradients)  # writes its numbers into the gradients
 
 
 def is_out_of_memory(error):
@@ -1293,7 +1299,7 @@ class Muon(torch.optim.Optimizer):
                     kept["momentum_buffer"] = torch.zeros_like(weight)
                 average = kept["momentum_buffer"]
                 average.lerp_(weight.grad, 0.05)  # average = 0.95 * average + 0.05 * gradient
-                # 0.95 * average + 0.05 * gradient again: the newest one counts more (Nesterov).
+                # 0.95 * average + 0.05 * gradient: the newest gradient counts twice (Nesterov).
                 moves.append(weight.grad.lerp(average, 0.95))
             with autocast(self.config):  # for speed, and 16 bits are enough
                 moves = equalize(torch.stack(moves))
@@ -1309,8 +1315,8 @@ class Muon(torch.optim.Optimizer):
 def equalize(x):
     """Makes the patterns in matrices, (n, rows, columns), about equally strong (see Muon).
     If a matrix has numbers only on its diagonal, such as 0.9 and 0.1, these are the strengths of
-    its patterns. The product of two such matrices has the products of these numbers. So one round
-    of the loop below replaces each number f by
+    its patterns. The product of two such matrices has the products of these numbers on its
+    diagonal. So one round of the loop below replaces each number f by
         3.4445 * f - 4.7750 * f ** 3 + 2.0315 * f ** 5
     In five rounds, 0.1 becomes 0.34, 0.99, 0.71, 1.11 and 0.71, and 0.9 becomes 0.82, 0.95, 0.75,
     1.05 and 0.68. All that began above 0.01 ends between 0.68 and 1.14. The loop does the same to
@@ -1324,7 +1330,8 @@ def equalize(x):
     x = x / norm.clamp(min=1e-7)
     one = torch.eye(x.shape[1], device=x.device)  # one @ x is x
     for _ in range(5):
-        square = x @ x.mT  # f ** 2
+        # If x has f on its diagonal, square has f ** 2, and square @ square has f ** 4.
+        square = x @ x.mT
         x = (3.4445 * one - 4.7750 * square + 2.0315 * (square @ square)) @ x
     if is_tall:
         x = x.mT
@@ -1349,7 +1356,7 @@ def printable(text):
     """Some characters would move a terminal's cursor, or do worse. They become UNK."""
     control = r"\x00-\x08\x0b-\x1f\x7f-\x9f"    # but not \x09 and \x0a, tab and line end
     direction = r"\u202a-\u202e\u2066-\u2069"  # would turn the direction of writing
-    halves = r"\ud800-\udfff"                   # halves of characters, which cannot be printed
+    halves = r"\ud800-\udfff"                   # surrogates, half a character each
     return re.sub(f"[{control}{direction}{halves}]", UNK, text)
 
 
@@ -1474,6 +1481,6 @@ def set_up_streams():
 
 if __name__ == "__main__":
     set_up_streams()
-    if WORLD == 1 and "--tune" not in sys.argv:  # other commands just end, without saving
+    if WORLD == 1 and "--tune" not in sys.argv:  # with torchrun and --tune, Ctrl-C ends it at once
         catch_signals()
     main()
