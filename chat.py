@@ -9,7 +9,8 @@ import os, sys, time
 import torch
 import gpt
 
-HELP = "/why shows what else might have come, /clear forgets, /quit leaves, Ctrl-C stops an answer"
+HELP = ("/why shows what else might have come, /clear forgets, /quit or Ctrl-D leaves, Ctrl-C "
+        "stops an answer; after an empty line, a model of texts goes on")
 
 
 # -------------------------------- the command line ----------------------------------------------
@@ -80,13 +81,14 @@ def talk(chat, stats):
     if terminal:
         prompt = "> "
     for line in typed_lines(prompt):
-        if line == "/quit":
+        command = line.strip()
+        if command == "/quit":
             return
-        if line == "/clear":
+        if command == "/clear":
             chat.turns = []
-        elif line == "/why":
+        elif command == "/why":
             print("\n".join(chat.why()))
-        elif line == "/help":
+        elif command == "/help":
             print(HELP, file=sys.stderr)
         elif line or not chat.answers:  # with an empty line, a base model goes on
             if not terminal and not chat.answers:

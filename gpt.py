@@ -438,7 +438,7 @@ def make_optimizers(model, config):
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]  # few numbers, which need no decay
     muon = []
-    if config.optimizer == "muon":  # another optimizer, for the blocks' matrices: see part two
+    if config.optimizer == "muon":  # an option, for the matrices in the blocks: see part two
         inside = set(model.blocks.parameters())
         muon = [Muon([p for p in matrices if p in inside], config)]
         matrices = [p for p in matrices if p not in inside]
@@ -544,6 +544,8 @@ def train(**settings):
 def do_steps(run):
     """The loop, with a bar that shows how far it has come (tqdm)."""
     config = run.config
+    if run.step >= config.max_iters and not run.evaluation_is_due():
+        return  # there is nothing left to do
     characters = config.batch_size * config.grad_accum * config.block_size  # in each step
     # The bar counts steps and shows characters (unit_scale), but only in a terminal (disable=None).
     with tqdm(total=config.max_iters, initial=run.step, unit="char", unit_scale=characters,
@@ -628,7 +630,8 @@ class Run:
         losses = estimate_loss(self.model, self.splits, self.config)
         self.losses[self.step] = losses
         self.save()
-        text = sample(self.model, self.tokenizer, 60).replace("\n", " ")
+        words = sample(self.model, self.tokenizer, 36).split()
+        text = " ".join(words)  # on one line, which fits into a terminal
         numbers = f"train {losses['train']:.4f}   val {losses['val']:.4f}"
         tqdm.write(f"step {self.step:6,d}   {numbers}   {text}")
 
@@ -698,18 +701,20 @@ class Run:
         best = self.best_step()
         if best in self.losses:
             val = self.losses[best]["val"]
-            print(f"best    step {best:,}, val {val:.4f}")
+            print(f"kept    the weights of step {best:,}, val {val:.4f}")
         print(f"talk to it: python chat.py --model {shlex.quote(config.out)}")
 
 
 # -------------------------------- settings ------------------------------------------------------
-# A setting that the user does not give comes from the checkpoint, or else from the defaults.
-# These describe the model. Fine-tuning takes them from the checkpoint, and chooses all others anew.
+# Where a setting comes from, if no flag says it, and whether a flag may change it:
+#                       in a run that carries on        in fine-tuning
+#   ARCHITECTURE        from the checkpoint, fixed      from the checkpoint, fixed
+#   OF_THE_MACHINE      the default                     the default
+#   FREE                from the checkpoint             the default
+#   all others          from the checkpoint, fixed      the default
 ARCHITECTURE = ("block_size", "n_embd", "n_head", "n_layer")
-# A run that carries on takes all settings from it but these, as it may be on another machine now.
 OF_THE_MACHINE = ("out", "device", "dtype", "compile")
-# For these, a flag may say something else than the checkpoint. (data: a new path to the same text.)
-MAY_CHANGE = OF_THE_MACHINE + ("data", "max_iters", "eval_interval", "eval_iters")
+FREE = ("data", "max_iters", "eval_interval", "eval_iters")  # data: another path to the same text
 CHOICES = {"optimizer": ("adamw", "muon"),
            "device": ("cpu", "cuda", "mps"),
            "dtype": ("float32", "bfloat16")}
@@ -792,23 +797,27 @@ def choose_settings(given):
 
 
 def refuse_changes(path, saved, config, taken_over):
-    """No flag may be ignored in silence, and none may spoil a trained model: ValueError names a
-    setting that must stay as it is in the checkpoint."""
+    """No flag may be ignored in silence, and none may spoil a trained model: ValueError names the
+    settings that must stay as they are in the checkpoint."""
     if not saved:
         return
     before = saved["config"]
     after = asdict(config)
-    may_change = MAY_CHANGE
+    free = FREE
     texts_before = before["batch_size"] * before["grad_accum"]
     texts_after = after["batch_size"] * after["grad_accum"]
-    if texts_before == texts_after:  # such as 16 * 1 and 8 * 2: the steps stay the same
-        may_change = may_change + ("batch_size", "grad_accum")
+    if texts_before == texts_after:  # such as 16 * 1 and 8 * 2: a step reads the same texts
+        free = FREE + ("batch_size", "grad_accum")
+    changes = []
     for name in taken_over:
-        changed = before[name] != after[name]
-        if changed and name not in may_change:
-            raise ValueError(f"{path} was trained with {name} {before[name]!r}, not "
-                             f"{after[name]!r}: drop the flag, or start a new run with another "
-                             f"--out (and --init_from {path}, if its weights are wanted)")
+        if before[name] != after[name] and name not in free:
+            changes.append(f"{name} {before[name]!r}, not {after[name]!r}")
+    if changes:
+        advice = f"start a new run with another --out (and --init_from {path} for its weights)"
+        if taken_over == ARCHITECTURE:
+            advice = "train a new model, without --init_from"
+        listed = "; ".join(changes)
+        raise ValueError(f"{path} was trained with {listed}: drop the flag, or {advice}")
 
 
 def find_checkpoint(path):
@@ -871,7 +880,7 @@ def check_parts(file):
     weight would pass for a good one."""
     with zipfile.ZipFile(file) as parts:
         damaged = parts.testzip()
-        # The checksums do not cover these. In a good file, they are 0: anything else is damage.
+        # No checksum covers these: damage here can make a part look like a folder. They must be 0.
         attributes = [part.external_attr for part in parts.infolist()]
     if damaged or any(attributes):
         raise ValueError("damaged")
@@ -954,7 +963,7 @@ def kind_of(path):
         return "prepared folder"
     if os.path.isdir(path):
         return "folder of texts"
-    if path.lower().endswith((".jsonl", ".ndjson")):
+    if path.lower().endswith((".jsonl", ".ndjson", ".json")):
         return "pairs"
     return "text"
 
@@ -994,8 +1003,8 @@ def read_documents(names):
         yield END
 
 
-# What shows that a file is no text: a NUL, or a byte that cannot be decoded. With surrogateescape,
-# Python makes the code U+DCE9 of such a byte 0xE9, and so on; no text has these codes.
+# What shows that a file is no text: a NUL, or a byte that cannot be decoded. Such a byte, say 0xE9,
+# is read as the code U+DCE9 (errors="surrogateescape"), and no text has these codes.
 NOT_TEXT = re.compile("[\\0\udc80-\udcff]")
 
 
@@ -1011,8 +1020,8 @@ def read_text(path):
                 bad = NOT_TEXT.search(piece)
                 if bad:
                     line += piece.count("\n", 0, bad.start())
-                    raise ValueError(f"{path}, line {line:,}: this is not {encoding} text; save it "
-                                     "as UTF-8, or use prepare_owt.py for an archive")
+                    raise ValueError(f"{path}, line {line:,}: this is not text; save it as UTF-8, "
+                                     "or use prepare_owt.py for an archive")
                 line += piece.count("\n")
                 yield piece.replace(END, UNK)  # see clean
         except UnicodeDecodeError as error:  # damaged UTF-16 ends up here
@@ -1082,9 +1091,10 @@ def load_pairs(config, chars):
     rng = random.Random(config.seed)
     splits = {}
     for name, part in (("train", pairs[:cut]), ("val", pairs[cut:])):
-        once = sum(len(pair) for pair in part)  # characters, at least 2, as there are two pairs
+        once = sum(len(pair) for pair in part)  # characters; not 0, as each pair has an END
+        rounds = math.ceil(1e6 / once)
         pieces = []
-        for _ in range(math.ceil(1e6 / once)):
+        for _ in range(rounds):
             rng.shuffle(part)
             pieces += part
         splits[name] = encode_pieces(pieces, tokenizer)
@@ -1114,7 +1124,7 @@ def parse_pair(line):
     except (ValueError, RecursionError):  # no JSON, or lists in lists in lists ...
         pair = None
     if not isinstance(pair, dict):
-        raise ValueError(f"this is no JSON object: {line[:60]}")
+        raise ValueError(f"this is no JSON object, one for each pair: {line[:60]}")
     prompts = [name for name in PROMPTS if name in pair]
     answers = [name for name in ANSWERS if name in pair]
     if not prompts or not answers:
@@ -1186,8 +1196,8 @@ def build(config, vocab_size):
     if config.compile:
         mode = "default"
         # In this mode, the GPU records all that it does for a batch, and then repeats it, which is
-        # faster than to be told each time (a CUDA graph). But it cannot add up gradients then, as
-        # it would have to for several batches.
+        # faster than to be told each time (a CUDA graph). A recording always writes to the same
+        # memory, so a second batch would overwrite the gradients of the first.
         if config.device == "cuda" and config.grad_accum == 1:
             mode = "reduce-overhead"
         fast_model = torch.compile(model, mode=mode)
@@ -1266,78 +1276,6 @@ def explain(error, config):
         raise ValueError(f"torch.compile failed, try --no-compile: {str(error)[:200]}") from error
 
 
-class Muon(torch.optim.Optimizer):
-    """An optimizer for matrices that often needs fewer steps than AdamW (Jordan 2024).
-    AdamW treats each number of a matrix by itself, Muon the matrix as a whole. A simple matrix is
-    a column times a row: [[1], [2]] @ [[3, 4]] is [[3, 4], [6, 8]]. Let us call this a pattern.
-    Every matrix is a sum of a few patterns, each with a strength in front. In a gradient, some
-    patterns are strong, as many examples agree on them, and most are weak. Muon makes all of them
-    about equally strong (see equalize), so that what is rare is learned as fast as what is
-    frequent. Before that, it averages the gradients of some twenty steps, against noise. Its steps
-    are as large as AdamW's, so that one learning rate serves both."""
-
-    def __init__(self, matrices, config):
-        self.config = config
-        settings = dict(lr=config.learning_rate, weight_decay=config.weight_decay)
-        super().__init__([{"params": matrices}], settings)
-
-    @torch.no_grad()
-    def step(self):
-        group = self.param_groups[0]
-        rate = group["lr"]
-        decay = rate * group["weight_decay"]
-        # All blocks have matrices of the same shapes. Those of one shape are worked on together,
-        # which is faster: {shape: list of matrices}.
-        same_shape = defaultdict(list)
-        for weight in group["params"]:
-            same_shape[weight.shape].append(weight)
-        for shape, weights in same_shape.items():
-            moves = []
-            for weight in weights:
-                kept = self.state[weight]  # what this optimizer remembers of it; at first {}
-                if not kept:
-                    kept["momentum_buffer"] = torch.zeros_like(weight)
-                average = kept["momentum_buffer"]
-                average.lerp_(weight.grad, 0.05)  # average = 0.95 * average + 0.05 * gradient
-                # 0.95 * average + 0.05 * gradient: the newest gradient counts twice (Nesterov).
-                moves.append(weight.grad.lerp(average, 0.95))
-            with autocast(self.config):  # for speed, and 16 bits are enough
-                moves = equalize(torch.stack(moves))
-            # When all n patterns of a matrix have strength 1, the squares of its numbers add up to
-            # n. There are n * max(shape) numbers, so they are about 1 / sqrt(max(shape)) each. This
-            # makes them 0.2, which is about how far AdamW moves a weight (Liu et al. 2025).
-            size = 0.2 * math.sqrt(max(shape))
-            for weight, move in zip(weights, moves):
-                weight.mul_(1 - decay)
-                weight.sub_(move, alpha=rate * size)  # weight = weight - rate * size * move
-
-
-def equalize(x):
-    """Makes the patterns in matrices, (n, rows, columns), about equally strong (see Muon).
-    If a matrix has numbers only on its diagonal, such as 0.9 and 0.1, these are the strengths of
-    its patterns. The product of two such matrices has the products of these numbers on its
-    diagonal. So one round of the loop below replaces each number f by
-        3.4445 * f - 4.7750 * f ** 3 + 2.0315 * f ** 5
-    In five rounds, 0.1 becomes 0.34, 0.99, 0.71, 1.11 and 0.71, and 0.9 becomes 0.82, 0.95, 0.75,
-    1.05 and 0.68. All that began above 0.01 ends between 0.68 and 1.14. The loop does the same to
-    the patterns of any other matrix. You may take this on trust, or look up singular values. (The
-    numbers are Jordan's, found by experiment; the method is called a Newton-Schulz iteration.)"""
-    is_tall = x.shape[1] > x.shape[2]
-    if is_tall:
-        x = x.mT  # rows become columns: so the products below are smaller
-    # The norm is the root of the sum of all squares. Divided by it, no pattern is stronger than 1.
-    norm = x.norm(dim=(1, 2), keepdim=True)
-    x = x / norm.clamp(min=1e-7)
-    one = torch.eye(x.shape[1], device=x.device)  # one @ x is x
-    for _ in range(5):
-        # If x has f on its diagonal, square has f ** 2, and square @ square has f ** 4.
-        square = x @ x.mT
-        x = (3.4445 * one - 4.7750 * square + 2.0315 * (square @ square)) @ x
-    if is_tall:
-        x = x.mT
-    return x
-
-
 # -------------------------------- what a run shows ----------------------------------------------
 def sample(model, tokenizer, length):
     """Some text that the model writes now. (It sets torch's seed. That does not disturb training,
@@ -1366,7 +1304,9 @@ def tune(**settings):
     the batch whole or divided into 2 or 4 parts. ValueError if none can be trained."""
     if WORLD > 1:
         raise ValueError("--tune measures one process: start it without torchrun")
-    config, _, _ = choose_settings(settings)
+    chosen = defaults_for(settings.get("device", Config.device))  # whatever a checkpoint may say
+    chosen.update(settings)
+    config = Config(**chosen)
     splits, tokenizer = load_data(config)
     total = config.batch_size * config.grad_accum
     rates = {}  # {flags: characters a second}
@@ -1406,6 +1346,79 @@ def measure(config, data, vocab_size):
         seconds.append(time.perf_counter() - start)
     characters = config.batch_size * config.grad_accum * config.block_size
     return characters / min(seconds)  # other programs can only slow a step down
+
+
+# -------------------------------- Muon, another optimizer ---------------------------------------
+class Muon(torch.optim.Optimizer):
+    """An optimizer for matrices that often needs fewer steps than AdamW (Jordan 2024).
+    AdamW treats each number of a matrix by itself, Muon the matrix as a whole. A matrix is a sum of
+    patterns, each of them a column times a row, with a strength in front. For example,
+        [[1, 0.8], [0.8, 1]] = 0.9 * [[1], [1]] @ [[1, 1]] + 0.1 * [[1], [-1]] @ [[1, -1]]
+    In a gradient, some patterns are strong, as many examples agree on them, and others are weak.
+    Muon makes all of them about equally strong (see equalize), so that what is rare is learned as
+    fast as what is frequent. Before that, it averages the gradients of some twenty steps, which
+    removes most of the noise. Its steps are as large as AdamW's: one learning rate serves both."""
+
+    def __init__(self, matrices, config):
+        self.config = config
+        settings = dict(lr=config.learning_rate, weight_decay=config.weight_decay)
+        super().__init__([{"params": matrices}], settings)
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        rate = group["lr"]
+        decay = rate * group["weight_decay"]
+        # All blocks have matrices of the same shapes. Those of one shape are worked on together,
+        # which is faster: {shape: list of matrices}.
+        same_shape = defaultdict(list)
+        for weight in group["params"]:
+            same_shape[weight.shape].append(weight)
+        for shape, weights in same_shape.items():
+            moves = []
+            for weight in weights:
+                kept = self.state[weight]  # what this optimizer remembers of it; at first {}
+                if not kept:
+                    kept["momentum_buffer"] = torch.zeros_like(weight)
+                average = kept["momentum_buffer"]
+                average.lerp_(weight.grad, 0.05)  # average = 0.95 * average + 0.05 * gradient
+                # 0.95 * average + 0.05 * gradient: the newest gradient counts twice (Nesterov).
+                moves.append(weight.grad.lerp(average, 0.95))
+            with autocast(self.config):  # for speed, and 16 bits are enough
+                moves = equalize(torch.stack(moves))
+            # In a matrix of 8 x 32 numbers whose 8 patterns have strength 1, the squares of all
+            # numbers add up to 8. So they are about sqrt(8 / 256) each, or 1 / sqrt(32). This makes
+            # them about 0.2, which is how far AdamW moves a weight on average (Liu et al. 2025).
+            size = 0.2 * math.sqrt(max(shape))
+            for weight, move in zip(weights, moves):
+                weight.mul_(1 - decay)
+                weight.sub_(move, alpha=rate * size)  # weight = weight - rate * size * move
+
+
+def equalize(x):
+    """Makes the patterns in matrices, (n, rows, columns), about equally strong (see Muon).
+    In x @ x.mT @ x, there are the same patterns as in x, but each strength f has become f ** 3. No
+    two patterns mix, because the products between them are 0, such as [[1, 1]] @ [[1], [-1]]. (The
+    columns and rows are taken with length 1 here.) So one round of the loop replaces each f by
+        3.4445 * f - 4.7750 * f ** 3 + 2.0315 * f ** 5
+    In five rounds, 0.1 becomes 0.34, 0.99, 0.71, 1.11 and 0.71, and 0.9 becomes 0.82, 0.95, 0.75,
+    1.05 and 0.68: small strengths grow each time, and near 1 the other terms hold them back. All
+    that began above 0.01 ends between 0.68 and 1.14. (Jordan found the numbers by experiment. The
+    method is called a Newton-Schulz iteration, and the strengths singular values.)"""
+    is_tall = x.shape[1] > x.shape[2]
+    if is_tall:
+        x = x.mT  # rows become columns: so the products below are smaller
+    # The norm is the root of the sum of all squares. Divided by it, no pattern is stronger than 1.
+    norm = x.norm(dim=(1, 2), keepdim=True)
+    x = x / norm.clamp(min=1e-7)
+    one = torch.eye(x.shape[1], device=x.device)  # one @ x is x
+    for _ in range(5):
+        # With strengths f in x, square has f ** 2, and square @ square has f ** 4.
+        square = x @ x.mT
+        x = (3.4445 * one - 4.7750 * square + 2.0315 * (square @ square)) @ x
+    if is_tall:
+        x = x.mT
+    return x
 
 
 # -------------------------------- the command line ----------------------------------------------

@@ -40,6 +40,7 @@ def main(argv=None):
         parser.exit(130)  # what a shell expects after Ctrl-C
     print(f"{corpus['documents']:,} documents, {corpus['characters']:,} characters, "
           f"{corpus['vocabulary']:,} different ones; not read: {as_words(corpus['not_read'])}")
+    print(f"{corpus['train']:,} characters to train on, {corpus['val']:,} to validate on")
     print(f"train on it: python gpt.py --data {shlex.quote(str(flags.out))}")
 
 
@@ -96,7 +97,8 @@ def prepare(files, flags, not_read):
         texts, counts = first_pass(files, flags, pool, not_read)
         documents = counts[gpt.END]  # each is closed by one
         if documents == 0:
-            raise ValueError(f"no documents in these sources; not read: {as_words(not_read)}")
+            raise ValueError("no documents in these sources, or in this sample of them; not read: "
+                             f"{as_words(not_read)}")
         kept = {char for char in counts if counts[char] >= flags.min_count}
         if not kept - {gpt.END, gpt.UNK}:
             raise ValueError(f"--min_count {flags.min_count} leaves no characters")

@@ -284,7 +284,7 @@ def test_the_last_tenth_of_a_text_is_for_validation():
 
 @pytest.mark.parametrize("name, kind", [
     ("", "Python's documentation"), ("prepared", "prepared folder"), ("book.txt", "text"),
-    ("a.jsonl", "pairs"), ("A.JSONL", "pairs"), ("a.ndJSON", "pairs"), ("a.json", "text"),
+    ("a.jsonl", "pairs"), ("A.JSONL", "pairs"), ("a.ndJSON", "pairs"), ("a.json", "pairs"),
     ("texts.jsonl", "folder of texts")])
 def test_a_corpus_is_told_by_its_name_and_what_is_in_a_folder(name, kind):
     Path("prepared").mkdir()
@@ -325,8 +325,8 @@ def test_pairs_may_have_the_names_that_data_sets_use(object, text):
 
 
 @pytest.mark.parametrize("line, reason", [
-    ('{"prompt": ', "this is no JSON object: {"),
-    ("[1]", r"this is no JSON object: \[1\]"),
+    ('{"prompt": ', "this is no JSON object, one for each pair: {"),
+    ("[1]", r"this is no JSON object, one for each pair: \[1\]"),
     ("{}", "no prompt and completion; its names are: none"),
     ('{"prompt": "a", "text": "b"}', "its names are: prompt, text"),
     ('{"answer": "a", "input": "b"}', "its names are: answer, input"),
@@ -1081,7 +1081,7 @@ def test_one_watches_it_learn_on_one_line_an_evaluation(monkeypatch, capsys):
     assert "compiles" not in output
     text, _, rest = output.rpartition("\n\nfinished at step 6; for more, raise --max_iters\n")
     assert text.endswith("\n" + SAMPLE(*gpt.load_model("book.pkl"), 500))
-    assert re.fullmatch(r"best    step 6, val \d\.\d{4}\n"
+    assert re.fullmatch(r"kept    the weights of step 6, val \d\.\d{4}\n"
                         r"talk to it: python chat.py --model book.pkl\n", rest)
 
 
@@ -1097,6 +1097,15 @@ def test_a_bar_with_loss_and_speed_is_shown_in_a_terminal_and_nowhere_else(is_te
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("max_iters", [6, 4])
+def test_a_finished_run_has_no_bar(max_iters, trained, monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", stream)
+    gpt.train(**dict(TINY, max_iters=max_iters))
+    assert "finished at step 6" in stream.getvalue() and "char/s" not in stream.getvalue()
+
+
 def test_the_bar_follows_a_terminal_that_is_made_narrower(monkeypatch):
     bar = Mock(wraps=gpt.tqdm)
     monkeypatch.setattr(gpt, "tqdm", bar)
@@ -1110,7 +1119,7 @@ def test_the_best_loss_that_is_shown_is_that_of_the_weights_that_are_kept(traine
     monkeypatch.setattr(gpt, "estimate_loss", Mock(side_effect=losses))
     gpt.train(**dict(TINY, init_from="book.pkl", out="tuned.pkl"))
     output = capsys.readouterr().out
-    assert "best    step 3, val 2.0000\n" in output  # the 1 was the base's
+    assert "kept    the weights of step 3, val 2.0000\n" in output  # the 1 was the base's
 
 
 def test_what_is_shown_is_printable():
@@ -1294,7 +1303,7 @@ def test_asked_to_stop_it_ends_the_step_saves_trained_weights_and_carries_on(ste
         gpt.main(flags(**settings))
     output = capsys.readouterr().out
     assert f"stopped at step {step}; the same command carries on" in output
-    assert "best " not in output  # the latest weights were not evaluated
+    assert "kept " not in output  # the latest weights were not evaluated
     assert "python chat.py --model book.pkl\n" in output
     saved = gpt.load_checkpoint("book.pkl")
     assert saved["step"] == step
@@ -1371,7 +1380,7 @@ def test_of_a_text_the_trained_weights_with_the_lowest_val_are_kept(losses, best
     settings = dict(max_iters=2, eval_interval=1)
     saved = train_with_val_losses(monkeypatch, losses, **settings)
     output = capsys.readouterr().out
-    assert f"best    step {best}, val {losses[best]:.4f}\n" in output
+    assert f"kept    the weights of step {best}, val {losses[best]:.4f}\n" in output
     model, tokenizer = gpt.load_model("book.pkl")
     weights = dict(model.state_dict())
     assert_same(weights, dict(saved["best"]))
@@ -1685,14 +1694,14 @@ MISTAKES = [
     ("--init_from nothing.pkl", "nothing.pkl"), ("--init_from latin.txt", "latin.txt is no"),
     ("--init_from older.pkl", "older.pkl was made by another version"),
     ("--data nothing.txt", "nothing.txt"), ("--data empty.txt", "empty.txt: too short"),
-    ("--data nul.txt", "nul.txt, line 2: this is not.*prepare_owt.py"),
+    ("--data nul.txt", "nul.txt, line 2: this is not text.*prepare_owt.py"),
     ("--data latin.txt", "latin.txt, line 1:.*save it as UTF-8"),
     ("--data folder", "folder: neither .txt files nor the vocab.json"),
     ("--data empty.jsonl", "empty.jsonl: at least two pairs"),
     ("--data one.jsonl", "one.jsonl: at least two pairs"),
-    ("--data bad.jsonl", "bad.jsonl, line 4: this is no JSON object: {"),
+    ("--data bad.jsonl", "bad.jsonl, line 4: this is no JSON object, one for each pair: {"),
     ("--data deep.jsonl", "deep.jsonl, line 1: this is no JSON object"),
-    ("--data list.jsonl", "list.jsonl, line 1: this is no JSON object: [1]"),
+    ("--data list.jsonl", "list.jsonl, line 1: this is no JSON object, one for each pair: [1]"),
     ("--data keys.jsonl", "keys.jsonl, line 1:.*its names are: text, label"),
     ("--data no_keys.jsonl", "no_keys.jsonl, line 1:.*its names are: none"),
     ("--data number.jsonl", "number.jsonl, line 1: completion must be a text, not 4"),
@@ -1799,7 +1808,12 @@ def test_a_flag_that_contradicts_the_checkpoint_is_refused(trained, name):
     assert_refused(gpt.main, flags(**given), named, advice)  # though the run is finished
     assert_refused(gpt.main, flags(**given, max_iters=9), named, advice)
     if name in gpt.ARCHITECTURE:
-        assert_refused(gpt.main, flags(**given, init_from="book.pkl", out="new.pkl"), named)
+        assert_refused(gpt.main, flags(**given, init_from="book.pkl", out="new.pkl"), named,
+                       "drop the flag, or train a new model, without --init_from")
+
+
+def test_all_flags_that_contradict_are_named_at_once(trained):
+    assert_refused(gpt.main, flags(n_layer=1, dropout=0.5), "n_layer 2, not 1", "dropout 0.0, not 0.5")
 
 
 def test_a_step_of_a_run_keeps_its_number_of_texts(trained):
@@ -1896,6 +1910,12 @@ def test_tune_divides_a_batch_only_into_equal_parts_and_all_are_tried(monkeypatc
         assert config.batch_size * config.grad_accum == 6
         trials.add((config.batch_size, config.dtype, config.compile))
     assert len(trials) == 8
+
+
+def test_tune_measures_what_the_flags_say_whatever_a_checkpoint_says(trained, monkeypatch, capsys):
+    rate = Mock(return_value=1.0)
+    tune(monkeypatch, capsys, rate, flags(n_embd=32))
+    assert {call.args[0].n_embd for call in rate.call_args_list} == {32}
 
 
 def test_tune_shows_why_a_setting_failed_and_goes_on(monkeypatch, capsys):
@@ -3255,7 +3275,7 @@ def test_a_prepared_folder_whose_files_do_not_belong_together_is_refused(damage,
 @pytest.mark.parametrize("words, named", [
     ("", "sources"), ("nothing.tar", "nothing.tar"), ("random.tar", "random.tar"),
     ("random.tar.xz", "random.tar.xz"),
-    ("image.png", "no documents in these sources; not read: 1 .png"), ("none", "no documents"),
+    ("image.png", "or in this sample of them; not read: 1 .png"), ("none", "no documents"),
     ("many.txt", "--min_count"), ("book.txt --sample=0", "sample"),
     ("book.txt --sample=2", "sample"), ("book.txt --samp=1", "--samp"),
     ("book.txt --val_fraction=1", "val_fraction"),
