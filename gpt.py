@@ -35,7 +35,7 @@ class Config:
     it is used. (A dataclass lists names, types and values. Config() has the values below, and
     Config(n_layer=2) has the same, except that n_layer is 2. A value that cannot work raises
     ValueError.)"""
-    data: str = ""                # file or folder: text, pairs (.jsonl), or made by prepare_owt.py
+    data: str = ""                # text, folder of texts or by prepare_owt.py, or pairs (.jsonl)
     out: str = ""                 # file to save the model in; if empty, it is named after the data
     init_from: str = ""           # file of a trained model to start from (fine-tuning)
     batch_size: int = 16          # texts worked on at once: B
@@ -177,9 +177,9 @@ class Head(nn.Module):
         # (T, T), the score of each query with each key. The inner sizes, D and D, must agree. This
         # is done for each text and each head by itself.
         scores = q @ k.transpose(-2, -1)                          # (B, H, T, T)
-        # A dot product is a sum of D numbers, positive and negative. With D = 32, such sums mostly
-        # lie between -6 and 6, with D = 10,000 between -100 and 100: they grow like sqrt(D). With
-        # large scores, one character would get nearly the whole share, and the others no say.
+        # A dot product is a sum of D numbers, positive and negative, which partly cancel. So sums
+        # of 32 mostly lie between -6 and 6, sums of 10,000 between -100 and 100: they grow like
+        # sqrt(D). With large scores, one character would get nearly the whole share.
         scores = scores / math.sqrt(D)
         # A character sees itself and those before it. What comes later is hidden, because the model
         # shall learn to predict it. tril keeps the lower triangle of a table of True. (The course
@@ -266,8 +266,7 @@ class Block(nn.Module):
     scales the C numbers of each character, so that their mean is 0 and their variance 1: otherwise
     they would grow from sum to sum.
     The norm comes after the sum (post-norm), as in the course. GPT-2 puts it before attention and
-    before feed-forward (pre-norm): then no norm stands between one sum and the next, which makes
-    models of many layers easier to train.
+    before feed-forward (pre-norm), which makes models of many layers easier to train.
     The first Transformer had two halves, to translate: an encoder read one language, a decoder
     wrote the other. This is the decoder alone."""
 
@@ -287,9 +286,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The model: for each character of a text, it scores each character that could come next.
     An embedding is a table with a row of C numbers for each id: what the model knows of that
-    character. Attention does not see where characters stand: to the next one, "ab" is the same as
-    "ba". So a second table has a row for each position. All these numbers are learned. (The first
-    Transformer computed its rows of positions with sines.)"""
+    character. Attention does not see where characters stand: after "ab" and after "ba", a character
+    would find the same. So a second table has a row for each position. All these numbers are
+    learned. (The first Transformer computed its rows of positions with sines.)"""
 
     def __init__(self, config, vocab_size):
         super().__init__()
@@ -339,7 +338,7 @@ class GPT(nn.Module):
         loss = nn.functional.cross_entropy(scores, targets.flatten())
         return logits, loss
 
-    @torch.inference_mode()  # PyTorch keeps nothing for backward, which is a part of training_step
+    @torch.inference_mode()  # PyTorch need not remember how numbers were computed, as for training
     def stream(self, index, max_new_tokens, temperature=1.0, top_k=None):
         """Continues a text: yields one new character after the other, (B, 1).
         index: the ids of the text, int64 (B, T), with T >= 1. temperature and top_k: see draw.
@@ -452,7 +451,7 @@ def make_optimizers(model, config):
 def learning_rate(step, config):
     """How far a step moves the weights. If it is too far, they overshoot; if it is too short,
     learning takes for ever. The rate climbs during the first steps (warm-up), while the averages of
-    AdamW are made of few gradients, and then falls in a line to 0, so that the weights settle.
+    AdamW are still mostly noise, and then falls in a line to 0, so that the weights settle.
     To find a good rate, try some, each 3 times the last, and compare the losses."""
     warmup = min(config.warmup_iters, config.max_iters // 2)  # in a short run, half of it
     if step < warmup:
@@ -591,7 +590,8 @@ class Run:
         self.is_new = not carries_on  # nothing has been saved yet
         self.splits, self.tokenizer = load_data(config, saved.get("chars", ""))
         self.corpus = fingerprint(self.splits)  # to know the text again when it carries on
-        if saved and self.tokenizer.chars != saved["chars"]:  # an id must keep its meaning
+        # A prepared folder has a vocabulary of its own. If it is not the model's, ids do not fit.
+        if saved and self.tokenizer.chars != saved["chars"]:
             raise ValueError(f"{config.data} was prepared with another vocabulary than the model's")
         self.model, self.optimizers, self.fast_model = build(config, self.tokenizer.vocab_size)
         self.step = 0     # how many steps it has done
@@ -637,8 +637,8 @@ class Run:
 
     def best_step(self):
         """The step with the best weights: the one with the lowest val, except step 0, where nothing
-        was learned yet; or else the latest step. For pairs it is always the latest: the model is to
-        learn answers by heart, and val is about answers that it was never told."""
+        was learned yet; or else the latest step. For pairs it is always the latest: here the model
+        is to learn answers by heart, and val is about answers that it was never told."""
         vals = {step: losses["val"] for step, losses in self.losses.items() if step > 0}
         if kind_of(self.config.data) == "pairs" or not vals:
             return self.step
@@ -827,7 +827,7 @@ def find_checkpoint(path):
     if RANK == 0 and os.path.exists(path):
         saved = load_checkpoint(path)
     if WORLD > 1:
-        parcel = [saved]  # process 0 sends what is in this list, and the others receive it there
+        parcel = [saved]  # process 0 sends what is in this list, and the others get it into theirs
         torch.distributed.broadcast_object_list(parcel, device=torch.device("cpu"))
         saved = parcel[0]
     return saved
@@ -974,21 +974,37 @@ def list_texts(path):
     if not path:
         return []
     if not os.path.isdir(path):
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"{path} is no file: save the text in one, as it is read twice")
         return [path]
     texts = []
     others = 0
-    for file in sorted(Path(path).rglob("*")):
-        if file.is_dir() or file.name.startswith("._"):  # macOS writes ._ files beside others
+    for file in files_in(path):
+        if file.name.startswith("._"):  # macOS writes such files beside others
             continue
-        if file.suffix.lower() == ".txt":
+        if file.suffix.lower() == ".txt" and file.is_file():
             texts.append(file)
         else:
             others += 1
     if not texts:
         raise ValueError(f"{path}: neither .txt files nor the vocab.json of prepare_owt.py")
     if others > 0:
-        print(f"{path}: {others:,} files do not end in .txt and are not read")
+        print(f"{path}: {others:,} files are no .txt and are not read")
     return texts
+
+
+def files_in(folder):
+    """All files in a folder and in its folders, sorted. A link to a folder counts as a file.
+    OSError for a folder that may not be read: Path.rglob would leave it out without a word."""
+    def fail(error):
+        raise error
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=fail):
+        for name in folders + names:
+            path = Path(parent, name)
+            if path.is_symlink() or not path.is_dir():
+                found.append(path)
+    return sorted(found)
 
 
 def read_documents(names):
@@ -1091,7 +1107,7 @@ def load_pairs(config, chars):
     rng = random.Random(config.seed)
     splits = {}
     for name, part in (("train", pairs[:cut]), ("val", pairs[cut:])):
-        once = sum(len(pair) for pair in part)  # characters; not 0, as each pair has an END
+        once = sum(len(pair) for pair in part)  # characters; not 0, as a pair has at least an END
         rounds = math.ceil(1e6 / once)
         pieces = []
         for _ in range(rounds):
@@ -1131,7 +1147,7 @@ def parse_pair(line):
         found = ", ".join(pair) or "none"
         raise ValueError(f"no prompt and completion; its names are: {found}")
     names = [prompts[0], answers[0]]
-    if pair.get(INPUT):
+    if pair.get(INPUT) not in (None, ""):
         names.insert(1, INPUT)
     for name in names:
         if not isinstance(pair[name], str):
@@ -1227,8 +1243,8 @@ def prepare_device(config):
 
 
 def join_processes():
-    """Connects the processes of torchrun, so that they can send each other tensors: through nccl
-    between GPUs and gloo between CPUs. Process 0 alone prints, or each line would come WORLD
+    """Connects the processes of torchrun, so that they can send each other tensors. nccl does this
+    between GPUs, and gloo between CPUs. Process 0 alone prints, or each line would come WORLD
     times."""
     if WORLD == 1 or torch.distributed.is_initialized():
         return
@@ -1382,7 +1398,7 @@ class Muon(torch.optim.Optimizer):
                     kept["momentum_buffer"] = torch.zeros_like(weight)
                 average = kept["momentum_buffer"]
                 average.lerp_(weight.grad, 0.05)  # average = 0.95 * average + 0.05 * gradient
-                # 0.95 * average + 0.05 * gradient: the newest gradient counts twice (Nesterov).
+                # The gradient, which is in the average already, is mixed in once more (Nesterov).
                 moves.append(weight.grad.lerp(average, 0.95))
             with autocast(self.config):  # for speed, and 16 bits are enough
                 moves = equalize(torch.stack(moves))
@@ -1408,7 +1424,8 @@ def equalize(x):
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT  # rows become columns: so the products below are smaller
-    # The norm is the root of the sum of all squares. Divided by it, no pattern is stronger than 1.
+    # The norm is the root of the sum of the squares of all numbers. Squared strengths have the same
+    # sum. So after a division by the norm, no pattern is stronger than 1.
     norm = x.norm(dim=(1, 2), keepdim=True)
     x = x / norm.clamp(min=1e-7)
     one = torch.eye(x.shape[1], device=x.device)  # one @ x is x
@@ -1442,7 +1459,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """A mistake is one line on stderr and exit status 2. (argparse calls this as well.)"""
         line = " ".join(str(message).split())
-        self.exit(2, f"{self.prog}: {printable(line)}\n")
+        self.exit(2, f"{self.prog}: {printable(line[:1000])}\n")
 
 
 def make_parser():
@@ -1472,7 +1489,7 @@ def catch_signals():
     """From now on, Ctrl-C, the command kill and a terminal that is closed call ask_to_stop."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
-        # The command nohup has SIGHUP ignored, to outlive the terminal, and so it stays ignored.
+        # What is ignored already stays ignored, such as SIGHUP under the command nohup.
         if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, ask_to_stop)
 

@@ -11,7 +11,7 @@ Both are shared by several processes, the workers, since Python runs on one core
 import bz2, io, json, lzma, multiprocessing, os, random, shlex, shutil, signal, tarfile, threading
 import zlib
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 import numpy as np
 from tqdm import tqdm
@@ -34,8 +34,8 @@ def main(argv=None):
     try:
         check(flags)
         corpus = prepare_folder(flags)
-    except (ValueError, OSError) as error:
-        parser.error(error)
+    except (ValueError, OSError, MemoryError, BrokenExecutor) as error:
+        parser.error(str(error) or "out of memory")  # Python's own MemoryError says nothing
     except KeyboardInterrupt:
         parser.exit(130)  # what a shell expects after Ctrl-C
     print(f"{corpus['documents']:,} documents, {corpus['characters']:,} characters, "
@@ -74,12 +74,13 @@ def find_files(sources, not_read):
     files = []
     for source in sources:
         if not source.is_dir():
+            source.stat()  # OSError if it is not there
             files.append(source)
             continue
-        for path in sorted(source.rglob("*")):  # it does not follow links to folders
+        for path in gpt.files_in(source):
             if path.is_file():
                 files.append(path)
-            elif path.is_symlink() or not path.is_dir():
+            else:
                 not_read["links and other special files"] += 1
     return files
 
@@ -101,7 +102,8 @@ def prepare(files, flags, not_read):
                              f"{as_words(not_read)}")
         kept = {char for char in counts if counts[char] >= flags.min_count}
         if not kept - {gpt.END, gpt.UNK}:
-            raise ValueError(f"--min_count {flags.min_count} leaves no characters")
+            raise ValueError(f"no characters: the documents are empty, or rarer than --min_count "
+                             f"{flags.min_count}")
         tokenizer = gpt.CharTokenizer(kept)
         second_pass(texts, tokenizer, flags.out, pool)
     train, val = split(flags.out, tokenizer, flags.val_fraction)
@@ -230,7 +232,7 @@ def split(folder, tokenizer, val_fraction):
     ends = np.flatnonzero(ids[start:cut] == tokenizer.end)
     if len(ends) > 0:
         cut = start + int(ends[-1]) + 1  # right behind the last END
-    if cut == 0:
+    if not 0 < cut < total:
         raise ValueError("too little text to train and to validate")
     ids[cut:].tofile(folder / "val.bin")
     del ids  # Windows does not shorten a file while an array still maps it

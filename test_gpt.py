@@ -4,7 +4,7 @@ A test is a claim, its name, and the proof. The models are tiny, so that each ta
 """
 import bz2, copy, functools, gzip, io, json, lzma, math, os, pickle, pty, random, re, resource
 import runpy, select, shutil, signal, subprocess, sys, tarfile, time, tracemalloc, zlib
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import fields
 from pathlib import Path
@@ -297,10 +297,37 @@ def test_the_texts_of_a_folder_and_its_folders_are_documents_and_the_rest_is_cou
     for name in ("texts/b.txt", "texts/sub/c.TXT", "texts/._1.txt", "texts/a.md", "texts/d.gz"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(name * 20)
+    Path("texts/link").symlink_to("sub")
     splits, tokenizer = gpt.load_data(tiny(data="texts"))
     text = tokenizer.decode(splits["train"]) + tokenizer.decode(splits["val"])
     assert text == "texts/b.txt" * 20 + END + "texts/sub/c.TXT" * 20 + END
-    assert capsys.readouterr().out == "texts: 2 files do not end in .txt and are not read\n"
+    assert capsys.readouterr().out == "texts: 3 files are no .txt and are not read\n"
+
+
+def test_a_folder_that_may_not_be_read_is_refused(monkeypatch):
+    """Whoever runs the tests may be allowed to read everything, so the system's answer is faked."""
+    def scandir(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_text(TEXT)
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert_refused(gpt.main, flags(data="texts"), "Permission denied: 'texts'")
+    assert_refused(prepare_owt.main, ["texts", "--out", "prepared"], "Permission denied: 'texts'")
+
+
+def test_a_pipe_is_refused_as_a_text_is_read_twice():
+    os.mkfifo("pipe.txt")
+    assert_refused(gpt.main, flags(data="pipe.txt"), "pipe.txt is no file: save the text in one")
+
+
+def test_a_long_mistake_is_a_line_that_one_can_read():
+    write_pairs(json.dumps({"prompt": "p", "completion": list(range(10_000))}))
+    stderr = io.StringIO()
+    with redirect_stderr(stderr), pytest.raises(SystemExit):
+        gpt.main(flags(data="pairs.jsonl"))
+    assert_one_line(stderr.getvalue(), "completion must be a text")
+    assert len(stderr.getvalue()) < 1100
 
 
 def write_pairs(*lines):
@@ -1343,6 +1370,14 @@ def test_in_a_notebook_the_signals_stay_as_they_are(monkeypatch):
     assert [signal.getsignal(number) for number in numbers] == before
 
 
+def test_a_tune_that_gets_ctrl_c_ends_at_once():
+    process = start("gpt.py", [*flags(batch_size=512, n_layer=20, n_embd=64), "--tune"])
+    process.stdout.readline()  # the first trial is done
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+
+
 @pytest.mark.parametrize("name, world, words", [("train", 2, []), ("tune", 1, ["--tune"])])
 def test_ctrl_c_ends_several_processes_and_tune_at_once(name, world, words, monkeypatch, capsys):
     def work(**settings):
@@ -1660,6 +1695,15 @@ def test_a_changed_byte_is_noticed_wherever_it_is(finished_run):
         assert_all_refuse("bad.pkl is no checkpoint of gpt.py, or it is damaged")
 
 
+def test_attributes_of_a_part_are_noticed_which_no_checksum_covers(finished_run):
+    content = bytearray(finished_run)
+    entry = content.index(b"PK\x01\x02")  # where the zip's list of parts begins
+    content[entry + 41] = 1  # a file permission, which PyTorch does not look at
+    Path("bad.pkl").write_bytes(content)
+    assert torch.load("bad.pkl", weights_only=True)["step"] == 6
+    assert_all_refuse("bad.pkl is no checkpoint of gpt.py, or it is damaged")
+
+
 def test_the_sizes_that_a_file_names_cost_no_memory(finished_run, monkeypatch):
     devices = []
 
@@ -1813,7 +1857,8 @@ def test_a_flag_that_contradicts_the_checkpoint_is_refused(trained, name):
 
 
 def test_all_flags_that_contradict_are_named_at_once(trained):
-    assert_refused(gpt.main, flags(n_layer=1, dropout=0.5), "n_layer 2, not 1", "dropout 0.0, not 0.5")
+    named = ("n_layer 2, not 1", "dropout 0.0, not 0.5")
+    assert_refused(gpt.main, flags(n_layer=1, dropout=0.5), *named)
 
 
 def test_a_step_of_a_run_keeps_its_number_of_texts(trained):
@@ -3282,7 +3327,8 @@ def test_a_prepared_folder_whose_files_do_not_belong_together_is_refused(damage,
     ("book.txt --val_fraction=0", "val_fraction"),
     ("short.txt --val_fraction=0.99", "too little text"),
     ("book.txt --min_count=0", "min_count"), ("book.txt --min_count=-1", "min_count"),
-    ("book.txt --min_count=999999", "--min_count 999999 leaves no characters")])
+    ("book.txt --min_count=999999", "rarer than --min_count 999999"),
+    ("short.txt --val_fraction=1e-17", "too little text")])
 def test_a_mistake_in_preparation_is_one_line_and_exit_status_2(words, named):
     Path("image.png").write_text("x")
     Path("short.txt").write_text("x")
@@ -3290,5 +3336,22 @@ def test_a_mistake_in_preparation_is_one_line_and_exit_status_2(words, named):
     for name in ("random.tar", "random.tar.xz"):
         Path(name).write_text("x" * 600)
     Path("none").mkdir()
-    assert_refused(prepare_owt.main, ["--out=out", *words.split()], named)
-    assert not Path("out").exists()
+    assert_refused(prepare_owt.main, ["--out=new/out", *words.split()], named)
+    assert not Path("new/out").exists()
+
+
+@pytest.mark.parametrize("error, named", [(MemoryError(), "out of memory"),
+                                          (BrokenExecutor("a process ended"), "a process ended")])
+def test_a_worker_that_dies_for_want_of_memory_is_one_line(error, named, monkeypatch):
+    monkeypatch.setattr(prepare_owt, "first_pass", Mock(side_effect=error))
+    assert_refused(prepare_owt.main, ["book.txt", "--out", "out"], named)
+
+
+@pytest.mark.parametrize("ending", ["tar.gz", "tar.bz2", "tar.xz"])
+def test_a_packed_tar_of_many_pieces_is_read_whole(ending):
+    rng = random.Random(0)
+    documents = ["".join(rng.choices("0123456789abcdef", k=400_000)) for _ in range(2)]
+    mode = "w:" + ending.removeprefix("tar.")
+    Path(f"a.{ending}").write_bytes(tar(texts(documents), mode))
+    train, val, _ = prepare(f"a.{ending}")
+    assert train + val == documents
