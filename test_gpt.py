@@ -3340,6 +3340,11 @@ def test_a_mistake_in_preparation_is_one_line_and_exit_status_2(words, named):
     assert not Path("new/out").exists()
 
 
+def test_a_source_that_is_missing_makes_no_folder():
+    assert_refused(prepare_owt.main, ["nothing.tar", "--out", "new/out"], "nothing.tar")
+    assert not Path("new").exists()
+
+
 @pytest.mark.parametrize("error, named", [(MemoryError(), "out of memory"),
                                           (BrokenExecutor("a process ended"), "a process ended")])
 def test_a_worker_that_dies_for_want_of_memory_is_one_line(error, named, monkeypatch):
