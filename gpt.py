@@ -17,7 +17,7 @@ Capital letters in comments stand for sizes, each of which is explained where it
 """
 # Most of these are for part two.
 import argparse, atexit, codecs, inspect, io, itertools, json, math, os, platform, random, re
-import shlex, shutil, signal, sys, time, zipfile, zlib
+import shlex, shutil, signal, sys, time, warnings, zipfile, zlib
 from collections import defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -860,7 +860,9 @@ def load_checkpoint(path):
     with open(path, "rb") as file:
         try:
             check_parts(file)
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's long words about some foreign files
+                saved = torch.load(path, map_location="cpu", weights_only=True)
             known = asdict(Config())
             same_version = saved["config"].keys() == known.keys()
             if same_version:
@@ -902,8 +904,8 @@ def check_weights(saved):
     for weights in (saved["model"], saved["best"]):
         if weights.keys() != expected.keys() or not are_finite(weights):
             raise ValueError("other weights")
-        for name in expected:
-            if weights[name].shape != expected[name].shape:
+        for name, tensor in weights.items():
+            if tensor.shape != expected[name].shape:
                 raise ValueError(name)
 
 
