@@ -126,7 +126,10 @@ def load_data(config, chars=""):
         ids = encode_pieces(read_documents(names), tokenizer)
         cut = int(0.9 * len(ids))
         splits = {"train": ids[:cut], "val": ids[cut:]}
-    check_lengths(splits, config)
+    for name, ids in splits.items():
+        if len(ids) <= config.block_size:  # a block and the character that follows must fit
+            raise ValueError(f"{config.data}: too short: its {name} split has {len(ids):,} "
+                             f"characters, and needs more than block_size, {config.block_size}")
     return splits, tokenizer
 
 
@@ -1177,15 +1180,6 @@ def open_prepared(folder):
         raise ValueError(f"{folder}: its files are damaged or do not belong together; run "
                          "prepare_owt.py again")
     return splits, CharTokenizer(json.loads(vocabulary))
-
-
-def check_lengths(splits, config):
-    """A block must fit into each split, with the character that follows it, or ValueError."""
-    for name, ids in splits.items():
-        length = len(ids)
-        if length <= config.block_size:
-            raise ValueError(f"{config.data}: too short: its {name} split has {length:,} "
-                             f"characters, and needs more than block_size, {config.block_size}")
 
 
 def fingerprint(splits):
