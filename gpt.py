@@ -72,8 +72,9 @@ class CharTokenizer:
     The vocabulary is the sorted set of characters, with END and UNK. An id is a character's place
     in it. A vocabulary of characters is small, but texts become long; one of words is large, but
     texts become short. Subwords lie in between (byte-pair encoding, BPE, as in GPT-2).
-    The course encodes with a dictionary, {char: id for id, char in enumerate(chars)}. Here an array
-    does the same, because it can be asked for a whole text at once. In Unicode, the table of all
+    The course has two dictionaries, {char: id for id, char in enumerate(chars)} to encode, and
+    {id: char for id, char in enumerate(chars)} to decode, for which chars[id] will do. To encode,
+    we use an array, because it can be asked for a whole text at once. In Unicode, the table of all
     characters, "h" is number 104 and "i" is 105. code_to_id[[104, 105]] is an array of their ids.
     ValueError if there are more than 65,536 different characters, as ids have 16 bits."""
 
@@ -405,7 +406,8 @@ def estimate_loss(model, splits, config):
     The batches are spread evenly over the split, and are the same every time, so that evaluations
     can be compared. eval() switches dropout off, train(True) on again.
     While the model learns, both losses fall. If only train falls and val rises, it learns by heart,
-    which is called overfitting. More text, more dropout, a smaller model or fewer steps help."""
+    which is called overfitting. More text, more dropout, a smaller model or fewer steps help, and
+    train, in part two, keeps the weights with the lowest val."""
     was_training = model.training
     model.eval()
     means = {}
@@ -487,8 +489,10 @@ def training_step(model, optimizers, batches, config, step):
     for optimizer in optimizers:
         for group in optimizer.param_groups:  # the groups of make_optimizers, in which
             group["lr"] = rate                # PyTorch keeps the learning rate, too
-        optimizer.step()       # moves the weights
-        optimizer.zero_grad()  # backward adds to the gradients that are there, so they are removed
+        optimizer.step()  # moves the weights
+        # backward adds to the gradients that are there. So they are removed, here or anywhere else
+        # before the next backward.
+        optimizer.zero_grad()
     return total
 
 
