@@ -1289,7 +1289,8 @@ def explain(error, config):
                           "prepare_owt.py") from error
     origin = type(error).__module__  # where this kind of error is defined
     if origin.startswith("torch._"):  # torch._dynamo or torch._inductor, parts of the compiler
-        raise ValueError(f"torch.compile failed, try --no-compile: {str(error)[:200]}") from error
+        message = " ".join(str(error).split())
+        raise ValueError(f"torch.compile failed, try --no-compile: {message[:200]}") from error
 
 
 # -------------------------------- what a run shows ----------------------------------------------
@@ -1320,9 +1321,7 @@ def tune(**settings):
     the batch whole or divided into 2 or 4 parts. ValueError if none can be trained."""
     if WORLD > 1:
         raise ValueError("--tune measures one process: start it without torchrun")
-    chosen = defaults_for(settings.get("device", Config.device))  # whatever a checkpoint may say
-    chosen.update(settings)
-    config = Config(**chosen)
+    config, _, _ = choose_settings(settings)  # those of the run that would start or carry on
     splits, tokenizer = load_data(config)
     total = config.batch_size * config.grad_accum
     rates = {}  # {flags: characters a second}

@@ -1957,10 +1957,18 @@ def test_tune_divides_a_batch_only_into_equal_parts_and_all_are_tried(monkeypatc
     assert len(trials) == 8
 
 
-def test_tune_measures_what_the_flags_say_whatever_a_checkpoint_says(trained, monkeypatch, capsys):
+def test_tune_measures_the_run_that_would_carry_on_or_start_from_a_checkpoint(trained, monkeypatch,
+                                                                              capsys):
+    """Otherwise the flags that it recommends would not fit that run."""
     rate = Mock(return_value=1.0)
-    tune(monkeypatch, capsys, rate, flags(n_embd=32))
-    assert {call.args[0].n_embd for call in rate.call_args_list} == {32}
+    tune(monkeypatch, capsys, rate, ["--data", "book.txt", "--device", "cpu"])
+    words = ["--data", "book.txt", "--device", "cpu", "--init_from", "book.pkl", "--out", "new.pkl"]
+    tune(monkeypatch, capsys, rate, words)
+    configs = [call.args[0] for call in rate.call_args_list]
+    assert {config.n_embd for config in configs} == {16}
+    totals = {config.batch_size * config.grad_accum for config in configs}
+    assert totals == {4, Config.batch_size}  # the checkpoint's, and the default of a new run
+    assert_refused(gpt.main, [*flags(n_embd=32), "--tune"], "n_embd 16, not 32", "another --out")
 
 
 def test_tune_shows_why_a_setting_failed_and_goes_on(monkeypatch, capsys):
